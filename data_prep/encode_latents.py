@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import typer
 
+from scd_sf.config import paragraphs
 from scd_sf.tools.data.encode import encode as main
 from scd_sf.types import exit_on_user_error
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(help=paragraphs(main.__doc__))(main)
     exit_on_user_error(app)

@@ -93,8 +93,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def paragraphs(doc: str | None) -> str:
-    """A script's docstring as typer's help, which keeps its lines and so its commands."""
-    return "\n\n".join(f"\b\n{part}" for part in inspect.cleandoc(doc or "").split("\n\n"))
+    """A docstring as typer's help: its paragraphs fit any terminal, its commands keep their
+    lines."""
+    parts = inspect.cleandoc(doc or "").split("\n\n")
+    return "\n\n".join(
+        f"\b\n{part}" if part.startswith("    ") else part.replace("\n", " ").replace("``", "")
+        for part in parts
+    )
 
 
 def load_config(

@@ -20,6 +20,7 @@ from scd_sf.types import UserError
 MANIFEST = "manifest.json"
 BUILDING = "building.json"  # in a folder whose encoding has begun
 AGAIN = "delete the directory and encode it again"
+SHOWN = 8  # folders that an error names
 T = TypeVar("T")
 
 
@@ -47,9 +48,7 @@ class Format:
         """``root/name``. UserError when it is missing, damaged, or of another format or version."""
         path = root / name
         if not path.is_file():
-            is_unfinished = (root / BUILDING).is_file()
-            message = "encoding was not finished; run the same encoding command again"
-            raise UserError(f"{path}: {message if is_unfinished else self.absent}")
+            raise UserError(f"{path}: {self._absent_in(root)}")
         manifest = read_json(path, self.remedy)
         if (manifest.get("format"), manifest.get("version")) != (self.name, self.version):
             raise UserError(
@@ -57,6 +56,16 @@ class Format:
                 f"use another folder, or make this one with this release"
             )
         return manifest
+
+    def _absent_in(self, root: Path) -> str:
+        """Why a folder has no manifest, and what to do."""
+        if (root / BUILDING).is_file():
+            return "encoding was not finished; run the same encoding command again"
+        parts = [*root.glob(f"*/{MANIFEST}"), *root.glob(f"*/*/{MANIFEST}")]
+        folders = sorted(str(part.parent.relative_to(root)) for part in parts[:SHOWN])
+        if folders:
+            return f"no such file, but its folders {', '.join(folders)} have one; give one of them"
+        return self.absent
 
 
 def section_of(manifest: Json, name: str, where: str | Path) -> Json:

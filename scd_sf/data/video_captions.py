@@ -129,7 +129,7 @@ def _files_of(root: Path) -> tuple[list[str], list[Refused], Counter[str]]:
             path, suffix = Path(folder) / name, _suffix(name)
             if name.startswith(".") or suffix not in (*VIDEOS, *OTHER_VIDEOS):
                 others["hidden" if name.startswith(".") else suffix] += 1
-            elif fault := _fault_of_place(path, home):
+            elif fault := _fault_of_place(path, home, path.relative_to(root).as_posix()):
                 refuse(path, fault)
             elif suffix in OTHER_VIDEOS:
                 refuse(path, f"{suffix} is not read; convert it to mp4")
@@ -143,9 +143,11 @@ def _suffix(name: str) -> str:
     return printable(PurePosixPath(name).suffix.lower())[:16] or "none"
 
 
-def _fault_of_place(path: Path, home: str) -> str:
-    """Why a file is not opened; "" for a regular file with a plain name inside ``home``."""
-    if printable(path.name) != path.name or "\n" in path.name or "\\" in path.name:
+def _fault_of_place(path: Path, home: str, name: str = "") -> str:
+    """Why a file is not opened; "" for a regular file with a plain ``name`` (its path in the folder,
+    or what it is called) inside ``home``."""
+    name = name or path.name
+    if printable(name) != name or "\n" in name or "\\" in name:
         return "its name is no plain text; rename it"
     try:
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):

@@ -84,7 +84,7 @@ class CutConfig:
             raise UserError("--size: give every size once, like 832x480")
         if self.rest not in ("drop", "overlap"):
             raise UserError(f"--rest is '{self.rest}'; use drop or overlap")
-        if self.val < 0 or (self.val > 1 and self.val % 1):
+        if not self.val >= 0 or (self.val > 1 and self.val % 1):
             raise UserError(
                 f"--val is {self.val:g}; give a share below 1 or a whole number of videos"
             )

@@ -67,11 +67,13 @@ def listing(root: Path) -> list[tuple[str, int, int]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All that a run leaves, but its notes of damaged videos."""
+    """All that a run leaves, but its notes of damaged videos and of times of change."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in out.rglob("*")
-        if path.is_file() and path.parent.name != "work" and path.name != ".lock"
+        if path.is_file()
+        and path.parent.name != "work"
+        and path.name not in (".lock", "scans.jsonl")
     }
 
 
@@ -115,6 +117,8 @@ def test_a_messy_folder_becomes_training_data(
     frames = read_frames(videos / "long.avi", "long", fps=8)[5:10]
     wanted_latents = load_vae(model).encode(frames[None].float() / 127.5 - 1)
     torch.testing.assert_close(train.latents([row]), wanted_latents, rtol=2e-3, atol=2e-3)
+    with pytest.raises(UserError, match="its folders train, val have one; give one of them"):
+        LatentClips(out)
     reasons = left_out(out / "report.json")
     for name, reason in {
         "short.mp4": "is too short: 4 frames at 8 per second, a clip has 5",
@@ -126,6 +130,7 @@ def test_a_messy_folder_becomes_training_data(
         "page.mp4": "cannot be decoded",
         "old.wmv": ".wmv is not read",
         "not\ufffdplain.mp4": "its name is no plain text",
+        "latin\ufffd/inside.mp4": "its name is no plain text",
         "link.mp4": "is a link that leaves the folder",
         "loop.mp4": "cannot be read",
         "folder": "is a link to a folder",
@@ -134,10 +139,10 @@ def test_a_messy_folder_becomes_training_data(
         assert reason in reasons.pop(name)
     assert not reasons
     report = json.loads((out / "report.json").read_text())
-    assert (report["videos"], report["taken"], report["clips"]) == (21, 8, 20)
+    assert (report["videos"], report["taken"], report["clips"]) == (22, 8, 20)
     assert report["other_files"] == {".jpg": 1, ".txt": 2, "hidden": 2}
     assert "damaged.mp4: 7 of 12 clips, then it cannot be decoded: frame 36 is damaged" in said
-    assert f"data={out}/train val={out}/val" in said and "8 of 21 videos, 20 clips" in said
+    assert f"data={out}/train val={out}/val" in said and "8 of 22 videos, 20 clips" in said
 
 
 def test_done_is_done_and_other_videos_or_settings_are_refused(
@@ -302,6 +307,9 @@ def test_clips_are_frames_of_the_resampled_video(tmp_path: Path) -> None:
 
 
 def test_the_split_is_by_contents_and_exact() -> None:
+    for val in (-0.1, 1.5, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--val is"):
+            CutConfig(val=val)
     assert [validation_count(n, 0.05) for n in (1, 2, 30, 100)] == [0, 1, 2, 5]
     assert [validation_count(n, 4) for n in (1, 3, 30)] == [0, 2, 4] and not validation_count(9, 0)
 

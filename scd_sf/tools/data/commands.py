@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from scd_sf.config import paragraphs
 from scd_sf.data.clip_index import read_folder_job
 from scd_sf.data.prompts import index_clips
 from scd_sf.files import locked
@@ -22,7 +23,7 @@ app = typer.Typer(
     help="Folders of clips: encode videos, check, repair, index, export, import.",
     no_args_is_help=True,
 )
-app.command()(encode)
+app.command(help=paragraphs(encode.__doc__))(encode)
 Folder = Annotated[Path, typer.Argument(help="A folder of generate_clips.py or 'scd data import'.")]
 Full = Annotated[bool, typer.Option("--full", help="Read everything and compare its sha256, too.")]
 

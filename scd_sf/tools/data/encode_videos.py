@@ -79,6 +79,7 @@ PROMPTS_AT_ONCE = 64
 TOKENS_PER_WORD = 1.5  # of umT5, for the estimate of disk space
 WAN = VaeGeometry(16, 4, 8)
 WAN_TEXT_WIDTH, WAN_PATCH = 4096, 2
+_State = tuple[str, int, int]  # file, bytes, time of change
 Unit = tuple[int, int]  # number of a video in the plan, number of a group of its clips
 
 
@@ -196,7 +197,7 @@ def _begin(job: VideosJob, locks: ExitStack) -> list[str]:
             sweep_clips(path.parent)
     known = _known_scans(job)
     files = [video.file for video in read_video_folder(job.videos, job.table, job.caption).videos]
-    return [file for file in files if not _is_current(job, known.get(file), file)]
+    return [file for file in files if _state(job, file) not in known]
 
 
 def _settings(job: VideosJob) -> Json:
@@ -271,35 +272,43 @@ def _scan_share(job: VideosJob, files: Sequence[str], ranks: Ranks) -> None:
             lines.append(asdict(scan))
 
 
-def _known_scans(job: VideosJob) -> dict[str, VideoScan]:
-    """Results of earlier scans by file, the latest of each."""
-    rows: list[Json] = []
-    if (job.out / SCANS).is_file():
-        rows = read_jsonl(job.out / SCANS, AGAIN)
-    rows += _read_lines(job.out / WORK, "scan")
-    return {
-        scan.file: scan for scan in (typed(row, VideoScan, job.out / SCANS, AGAIN) for row in rows)
-    }
+def _known_scans(job: VideosJob) -> dict[_State, VideoScan]:
+    """Results of earlier scans, also those of files that were changed since."""
+    rows = _read_lines(job.out / WORK, "scan")
+    scans = [typed(row, VideoScan, job.out / WORK, AGAIN) for row in rows]
+    scans += _planned_scans(job).values()
+    return {(scan.file, scan.bytes, scan.mtime_ns): scan for scan in scans}
 
 
-def _is_current(job: VideosJob, scan: VideoScan | None, file: str) -> bool:
-    """Whether the file is as it was scanned, by its size and time of change."""
+def _planned_scans(job: VideosJob) -> dict[str, VideoScan]:
+    """The scans that the plan was made from, by file."""
+    path = job.out / SCANS
+    rows = read_jsonl(path, AGAIN) if path.is_file() else []
+    return {scan.file: scan for scan in (typed(row, VideoScan, path, AGAIN) for row in rows)}
+
+
+def _state(job: VideosJob, file: str) -> _State:
+    """What tells whether a file is still the one that was scanned."""
     try:
         status = (job.videos / file).stat()
     except OSError as error:
         raise UserError(f"{job.videos / file}: {error.strerror}; put it back") from error
-    return scan is not None and (scan.bytes, scan.mtime_ns) == (status.st_size, status.st_mtime_ns)
+    return file, status.st_size, status.st_mtime_ns
 
 
 def _write_plan(job: VideosJob) -> None:
     """Write ``videos.jsonl``, or compare it. UserError: no clip can be cut, or the videos or
     captions are not those that the encoding was begun with."""
-    scans = _known_scans(job)
+    known = _known_scans(job)
     folder = read_video_folder(job.videos, job.table, job.caption)
-    if missing_files := [v.file for v in folder.videos if v.file not in scans]:
-        raise UserError(
-            f"{job.videos / missing_files[0]}: came while the others were scanned; run the command again"
-        )
+    scans: dict[str, VideoScan] = {}
+    for video in folder.videos:
+        scan = known.get(_state(job, video.file))
+        if scan is None:
+            raise UserError(
+                f"{job.videos / video.file}: came or changed while the others were scanned; run the command again"
+            )
+        scans[video.file] = scan
     plan = plan_videos(folder.videos, scans, job.cut)
     rows: list[Json] = [json.loads(json.dumps(asdict(video))) for video in plan.videos]
     path = job.out / PLAN
@@ -459,7 +468,7 @@ def _encode_units(
     if not units:
         return
     vae, text = load_vae(job.model, device=ranks.device), _text_encoder(job, ranks)
-    ids, scans = _Ids(job), _known_scans(job)
+    ids, scans = _Ids(job), _planned_scans(job)
     dtype = dtype_of(job.store)
     if vae.geometry != vae_geometry(job.model):
         raise UserError(f"{vae_source(job.model)}: its config.json is not that of its weights")
@@ -510,7 +519,7 @@ def _decode(
 ) -> Iterator[_Decoded]:
     """The groups of one video. A damaged video gives the whole clips before the damage, then its
     fault. UserError where the file is another one than was scanned."""
-    if not _is_current(job, scan, video.file):
+    if _state(job, video.file) != (scan.file, scan.bytes, scan.mtime_ns):
         raise UserError(f"{job.videos / video.file}: was changed while it was encoded; {AGAIN}")
     width, height = video.size
     starts = [start for group in groups for start in group]
@@ -589,7 +598,7 @@ def _result(
 ) -> Json:
     """The report, with the clips that are there."""
     folder = read_video_folder(job.videos, job.table, job.caption)
-    planned = plan_videos(folder.videos, _known_scans(job), job.cut)
+    planned = plan_videos(folder.videos, _planned_scans(job), job.cut)
     notes = list(planned.notes)
     refused = list(planned.refused)
     wanted = {video.file: video for video in plan}
