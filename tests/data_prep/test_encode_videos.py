@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import tiny_run
 import torch
 from recipe_runner import At
 
-from scd_sf.data.clip_files import clip_paths, files_of
+from scd_sf.data.clip_files import clip_path, clip_paths, files_of
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.sources.video_reader import cut_clips, read_frames, video_info
 from scd_sf.data.video_captions import read_captions, read_video_folder
@@ -178,6 +179,20 @@ def test_done_is_done_and_other_videos_or_settings_are_refused(
     (videos / "sound.mp4").write_bytes(data)
     assert "sound.mp4 was taken when the encoding began, and is gone or left out now" in refused.err
     assert "already complete" in recipe_runner.succeed(SCRIPT, *given).out
+
+
+def test_clips_before_a_damage_are_made_again(
+    unbroken: tuple[Path, str], videos: Path, model: Path, tmp_path: Path
+) -> None:
+    """Also when the damage is known already, as when another rank met it first."""
+    out = shutil.copytree(unbroken[0], tmp_path / "out")
+    clips = LatentClips(out / "train")
+    ids = [row.id for row in clips.rows if row.tags["video"] == "damaged.mp4"]
+    clip_path(out / "train", ids[0]).unlink()
+    assert (
+        "clips of rank 0 1/1" in recipe_runner.succeed(SCRIPT, *arguments(videos, model, out)).out
+    )
+    assert contents(out) == contents(unbroken[0])
 
 
 def test_sizes_that_the_model_cannot_take(videos: Path) -> None:

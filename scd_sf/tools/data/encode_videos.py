@@ -388,24 +388,24 @@ def _groups(video: PlannedVideo, batch: int) -> list[tuple[int, ...]]:
 
 
 def _missing_units(job: VideosJob, plan: Sequence[PlannedVideo]) -> list[Unit]:
-    """The groups with clips that do not exist or whose files are damaged. Those of videos that
-    turned out to be damaged are not among them."""
-    damaged_files = {part.name for part in _faults(job)}
+    """The groups with clips that do not exist or whose files are damaged. Clips that lie behind the
+    damage of a video are not among them."""
+    faults = _faults(job)
     ids = _Ids(job)
     commons = {
         folder: read_folder_job(job.out / folder)
         for folder in {video.folder for video in plan if _is_wanted(job, video)}
     }
-    return [
-        (number, group)
-        for number, video in enumerate(plan)
-        if video.file not in damaged_files and _is_wanted(job, video)
-        for group, starts in enumerate(_groups(video, job.batch))
-        if any(
-            not path.is_file() or fault_of(path, commons[video.folder])
-            for path in (ids.path(video, start) for start in starts)
-        )
-    ]
+    units = []
+    for number, video in enumerate(plan):
+        first_bad = faults[video.file][0] if video.file in faults else video.frames
+        for group, starts in enumerate(_groups(video, job.batch)):
+            paths = [ids.path(video, start) for start in starts if start < first_bad]
+            if _is_wanted(job, video) and any(
+                not path.is_file() or fault_of(path, commons[video.folder]) for path in paths
+            ):
+                units.append((number, group))
+    return units
 
 
 def _is_wanted(job: VideosJob, video: PlannedVideo) -> bool:
@@ -453,12 +453,14 @@ def _encode_texts(
 
 @dataclass(frozen=True)
 class _Decoded:
-    """Clips of one group, uint8 (B, F, 3, H, W); ``fault``: why the video ends with them."""
+    """Clips of one group, uint8 (B, F, 3, H, W). ``fault``: why the clip that begins at
+    ``first_bad`` and those after it cannot be made."""
 
     video: PlannedVideo
     starts: tuple[int, ...]
     pixels: Tensor | None
     fault: str = ""
+    first_bad: int = 0
 
 
 def _encode_units(
@@ -487,7 +489,8 @@ def _encode_units(
     ):
         for part in decoded:
             if part.fault:
-                faults.append({"file": part.video.file, "reason": part.fault})
+                row = {"file": part.video.file, "first_bad": part.first_bad, "reason": part.fault}
+                faults.append(row)
             if part.pixels is None:
                 continue
             pixels = on_device(part.pixels, ranks.device).float().div_(127.5).sub_(1)
@@ -543,7 +546,8 @@ def _decode(
             raise_disk_error(error)
             fault = printable(str(error).removeprefix(f"{video.file}: "))
         pixels = torch.stack(parts) if parts else None
-        yield _Decoded(video, group[: len(parts)], pixels, fault)
+        first_bad = group[len(parts)] if fault else 0
+        yield _Decoded(video, group[: len(parts)], pixels, fault, first_bad)
         if fault:
             return
 
@@ -594,7 +598,10 @@ def _finish(job: VideosJob, plan: Sequence[PlannedVideo], ranks: Ranks) -> None:
 
 
 def _result(
-    job: VideosJob, plan: Sequence[PlannedVideo], counts: dict[str, int], faults: list[Refused]
+    job: VideosJob,
+    plan: Sequence[PlannedVideo],
+    counts: dict[str, int],
+    faults: dict[str, tuple[int, str]],
 ) -> Json:
     """The report, with the clips that are there."""
     folder = read_video_folder(job.videos, job.table, job.caption)
@@ -602,14 +609,13 @@ def _result(
     notes = list(planned.notes)
     refused = list(planned.refused)
     wanted = {video.file: video for video in plan}
-    for part in faults:
-        video = wanted.get(part.name)
-        if video is not None and counts[part.name]:
+    for file, (_, why) in sorted(faults.items()):
+        if counts.get(file):
             notes.append(
-                f"{part.name}: {counts[part.name]} of {len(video.starts)} clips, then it {part.reason}"
+                f"{file}: {counts[file]} of {len(wanted[file].starts)} clips, then it {why}"
             )
         else:
-            refused.append(part)
+            refused.append(Refused(file, why))
     taken = [_with_clips(video, counts[video.file]) for video in plan if counts[video.file]]
     size = sum(
         file.stat().st_size
@@ -623,11 +629,24 @@ def _with_clips(video: PlannedVideo, count: int) -> PlannedVideo:
     return replace(video, starts=video.starts[:count])
 
 
-def _faults(job: VideosJob) -> list[Refused]:
-    """Videos that turned out to be damaged while they were encoded, once each, by name."""
-    rows = _read_lines(job.out / WORK, "fault")
-    faults = {str(row.get("file")): str(row.get("reason")) for row in rows}
-    return [Refused(file, reason) for file, reason in sorted(faults.items())]
+def _faults(job: VideosJob) -> dict[str, tuple[int, str]]:
+    """Of each video that turned out to be damaged while it was encoded: the start of the first clip
+    that cannot be made, and the reason."""
+    faults: dict[str, tuple[int, str]] = {}
+    for row in _read_lines(job.out / WORK, "fault"):
+        fault = typed(row, _Fault, job.out / WORK, AGAIN)
+        known = faults.get(fault.file, (fault.first_bad, fault.reason))
+        faults[fault.file] = min(known, (fault.first_bad, fault.reason))
+    return faults
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """A line about a damaged video."""
+
+    file: str
+    first_bad: int
+    reason: str
 
 
 # ------------------------------------------------------------------------------------------- report
