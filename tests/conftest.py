@@ -73,6 +73,6 @@ def doom_actions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kill-points", default="4", help="test_faults.py: so many points to kill at, per case"
+        "--kill-points", default="3", help="test_faults.py: so many points to kill at, per case"
     )
     parser.addoption("--tally", default=None, help="test_faults.py: JSON file that gets the sums")
