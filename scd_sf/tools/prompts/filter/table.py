@@ -13,6 +13,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -155,8 +156,10 @@ def _read_csv(path: Path, names: list[str]) -> pl.DataFrame:
 def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
     """The rows of a csv file, read by Python's reader. UserError where quotes do not match, because
     the next row cannot be found then."""
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    with (
+        _long_fields(),
+        path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file,
+    ):
         reader = csv.reader(csv_lines(file), strict=True)
         next(reader)
         for number in range(1, sys.maxsize):
@@ -184,6 +187,16 @@ def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
             else:
                 scores = [float(row[name]) if name in row else None for name in SCORES]
                 yield number, *(row.get(name, "") for name in TEXTS), *scores
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """csv's limit of a field is the whole process's; other readers keep theirs."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _has_surrogates(text: str) -> bool:

@@ -89,6 +89,7 @@ def test_bad_csv_rows_are_named_and_left_out(tmp_path: Path, name: str) -> None:
         and "\n" not in bad.first_problem
     )
     assert set(table["uuid"]) == {"u1"} and table["prompt"][0] == 'a, "b"\nc'
+    assert csv.field_size_limit() == 131072, "the limit is the whole process's"
 
 
 @pytest.mark.parametrize("row", ['u2,"x,t,0,0,0,0,0,0\n', 'u2,"x"y,t,0,0,0,0,0,0\n'])
