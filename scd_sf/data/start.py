@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Tensor
 
-from scd_sf.data.sources.video_reader import LARGEST_VIDEO, frames_of
+from scd_sf.data.sources.video_reader import LARGEST_VIDEO, check_crop, frames_of
 from scd_sf.files import foreign, refuse_lfs_pointer
 from scd_sf.types import UserError, VideoShape
 
@@ -34,11 +34,11 @@ def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> 
     """
     where = f"start {path}"
     if path.suffix.lower() not in VIDEOS:
-        return _fit(read_picture(path, where), size)[None]
+        return _fit(read_picture(path, where), size, where)[None]
     frames: list[Tensor] = []
     for frame in frames_of(path, where, fps=fps, remedy=REMEDY):
         pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 255
-        frames.append(_fit(pixels, size))
+        frames.append(_fit(pixels, size, where))
         if len(frames) * frames[0].nbytes > LARGEST_VIDEO:
             raise UserError(
                 f"{where}: {len(frames)} frames are more than a start can have; cut the video"
@@ -53,9 +53,10 @@ def picture_pixels(picture: object, size: tuple[int, int], where: str) -> Tensor
     UserError for anything else, and for transparent parts.
     """
     if isinstance(picture, Image.Image):
-        return _fit(torch.from_numpy(_values(picture, where)).permute(2, 0, 1), size)
+        return _fit(torch.from_numpy(_values(picture, where)).permute(2, 0, 1), size, where)
     if isinstance(picture, np.ndarray):
-        pixels = torch.from_numpy(picture)
+        with foreign(where, "give uint8, or float in [0, 1]"):
+            pixels = torch.from_numpy(np.ascontiguousarray(picture))
         pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
     elif isinstance(picture, Tensor):
         pixels = picture
@@ -63,7 +64,7 @@ def picture_pixels(picture: object, size: tuple[int, int], where: str) -> Tensor
         raise UserError(
             f"{where}: is a {type(picture).__name__}; give a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
         )
-    if pixels.ndim != 3 or pixels.shape[0] != 3:
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
         raise UserError(
             f"{where}: has shape {tuple(picture.shape)}; give an array (H, W, 3) or a tensor (3, H, W)"
         )
@@ -74,13 +75,14 @@ def picture_pixels(picture: object, size: tuple[int, int], where: str) -> Tensor
         raise UserError(
             f"{where}: its values are {pixels.min():g} to {pixels.max():g}; give float in [0, 1]"
         )
-    return _fit(pixels, size)
+    return _fit(pixels, size, where)
 
 
-def _fit(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
+def _fit(pixels_3HW: Tensor, size: tuple[int, int], where: str) -> Tensor:
     """The picture resized (bicubic, antialiased) so that it just covers ``size``, then cropped at
     the middle to (3, *size)."""
     height, width = pixels_3HW.shape[-2:]
+    check_crop(height, width, *size, where)
     scale = max(size[0] / height, size[1] / width)
     new_size = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
     if new_size != (height, width):

@@ -4,8 +4,9 @@ A caption is a row of a table (``metadata.csv``, ``metadata.jsonl``, ``captions.
 ``captions.jsonl`` in the folder, or a file elsewhere), else the text of ``NAME.txt`` beside the
 video ``NAME.mp4``, else one text for all. In a table the file is ``file``, ``file_name``, ``video``,
 ``video_path`` or ``path``, relative to the folder, and the caption is ``caption``, ``prompt`` or
-``text``; ``split``, ``place``, ``motion`` and ``held_out_caption`` are optional. So the layouts of
-diffusion-pipe, musubi-tuner, DiffSynth and finetrainers are read as they are.
+``text``; ``split``, ``place``, ``motion`` and ``held_out_caption`` are optional. Columns of a csv are
+separated by commas, semicolons or tabs. So the layouts of diffusion-pipe, musubi-tuner, DiffSynth
+and finetrainers are read as they are.
 
 Nothing is left out without a word: what is not taken is a :class:`Refused` with its reason.
 """
@@ -18,6 +19,7 @@ import io
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +36,10 @@ FILE_KEYS = ("file", "file_name", "video", "video_path", "path")
 CAPTION_KEYS = ("caption", "prompt", "text")
 TAGS = ("place", "motion", "held_out_caption")
 KNOWN = (*FILE_KEYS, *CAPTION_KEYS, "split", *TAGS)
+MARKS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # between the columns of a csv
 CAPTION_BYTES = 2**16
 SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+FIRST_LINE = 'its first line is like "file,caption", then one line per video'
 CORRECT = 'correct it; rows are like {"file": "a.mp4", "caption": "..."}'
 
 
@@ -91,7 +95,7 @@ def read_video_folder(root: Path, table: Path | None = None, caption: str = "") 
         except UserError as error:
             refused.append(Refused(name, str(error)))
     texts = others.get(".txt", 0) - sum(
-        (root / name).with_suffix(".txt").is_file() for name in files
+        _as_stored((root / name).with_suffix(".txt")).is_file() for name in files
     )
     others[".txt"] = max(0, texts)
     if table is not None and table.parent == root:
@@ -170,7 +174,7 @@ def _own_table(root: Path) -> Path | None:
 def _with_text_file(root: Path, name: str, caption: str) -> CaptionedVideo:
     """The video with the caption of ``NAME.txt``, or else ``caption``. UserError, with the reason
     alone: there is none, or it cannot be read."""
-    path = (root / name).with_suffix(".txt")
+    path = _as_stored((root / name).with_suffix(".txt"))
     text = ""
     if os.path.lexists(path):
         if fault := _fault_of_place(path, os.path.realpath(root)):
@@ -223,7 +227,7 @@ def read_captions(
         raise UserError(f"{table}: captions are read from .csv and .jsonl; use one of them")
     rows = _csv_rows(table) if kind == ".csv" else _jsonl_rows(table)
     if not rows:
-        raise UserError(f"{table}: no row; {CORRECT}")
+        raise UserError(f"{table}: no row; {FIRST_LINE if kind == '.csv' else CORRECT}")
     unread: Counter[str] = Counter()
     videos: dict[str, CaptionedVideo] = {}
     refused: list[Refused] = []
@@ -291,9 +295,17 @@ def _inside(root: Path, name: str, where: str) -> tuple[str, str]:
         path = safe_path(root, text, where)
     except UserError as error:
         return text, str(error).removeprefix(f"{where} is ")
+    path = _as_stored(path)
     if os.path.lexists(path) and (fault := _fault_of_place(path, os.path.realpath(root))):
         return text, fault
-    return text, ""
+    return path.relative_to(root).as_posix(), ""
+
+
+def _as_stored(path: Path) -> Path:
+    """``path``, or where it does not exist, the one that exists and looks the same: macOS stores
+    letters with accents in two code points, other systems in one."""
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((form for form in (path, *forms) if os.path.lexists(form)), path)
 
 
 def _jsonl_rows(table: Path) -> list[tuple[int, Mapping[str, object]]]:
@@ -310,17 +322,23 @@ def _jsonl_rows(table: Path) -> list[tuple[int, Mapping[str, object]]]:
 
 def _csv_rows(table: Path) -> list[tuple[int, Mapping[str, object]]]:
     text = _decoded(table)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    head = text.partition("\n")[0]
+    mark = next((mark for mark in MARKS if mark in head), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     rows: list[tuple[int, Mapping[str, object]]] = []
     try:
         names = [name.strip().lower() for name in next(reader, [])]
+        if doubled := [name for name, count in Counter(names).items() if count > 1 and name]:
+            raise UserError(
+                f"{table}:1: has two columns '{printable(doubled[0][:40])}'; remove one"
+            )
         for fields in reader:
             if not fields:
                 continue
             if len(fields) > len(names):
                 raise UserError(
                     f"{table}:{reader.line_num}: {len(fields)} columns instead of {len(names)}; put texts that have "
-                    "commas into quotes"
+                    f"{MARKS[mark]} into quotes"
                 )
             rows.append((reader.line_num, dict(zip(names, fields, strict=False))))
     except csv.Error as error:

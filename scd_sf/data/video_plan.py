@@ -18,7 +18,7 @@ from typing import Literal
 import av
 
 from scd_sf.data.sources.raw_files import Refused
-from scd_sf.data.sources.video_reader import VideoInfo, video_info
+from scd_sf.data.sources.video_reader import VideoInfo, check_crop, video_info
 from scd_sf.data.video_captions import CaptionedVideo
 from scd_sf.files import sha256_file
 from scd_sf.types import UserError, printable
@@ -192,7 +192,13 @@ def plan_videos(
                 )
             )
             continue
-        taken.append(_planned(video, scan, frames, cut))
+        planned = _planned(video, scan, frames, cut)
+        try:
+            check_crop(scan.height, scan.width, *reversed(planned.size))
+        except UserError as error:
+            refused.append(Refused(video.file, str(error)))
+            continue
+        taken.append(planned)
     splits = _splits(videos, taken, cut)
     placed = [_placed(video, splits[video.file], cut) for video in taken]
     return Plan(placed, refused, _notes(placed, lengths, cut))
@@ -275,14 +281,25 @@ def _notes(taken: Sequence[PlannedVideo], lengths: Sequence[int], cut: CutConfig
     if cropped:
         hint = "their shape is far from every --size"
         for width, height in cut.sizes:
-            if (height, width) not in cut.sizes:
+            turned = (height, width)
+            if turned not in cut.sizes and all(
+                nearest_size(*video.source_size, (video.size, turned)) == turned
+                for video in cropped
+            ):
                 hint = f"add --size {height}x{width}"
         notes.append(f"{len(cropped)} videos lose more than half of their picture; {hint}")
+    first: dict[str, PlannedVideo] = {}
+    for video in taken:
+        twin = first.setdefault(video.sha256, video)
+        if twin.folder != video.folder:
+            notes.append(
+                f"{twin.file} and {video.file} have the same contents and are in {twin.folder} and {video.folder}"
+            )
     folders = {video.folder for video in taken}
     for folder in sorted(folders):
-        twin = folder.removesuffix("train") + "val"
-        if folder.endswith("train") and twin not in folders and cut.val:
+        other = folder.removesuffix("train") + "val"
+        if folder.endswith("train") and other not in folders and cut.val:
             notes.append(
-                f"{folder}: has too few videos for a {twin}, which stage 2 needs; add videos"
+                f"{folder}: has too few videos for a {other}, which stage 2 needs; add videos"
             )
     return notes

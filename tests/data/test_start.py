@@ -14,7 +14,7 @@ from PIL import Image
 from raw_videos import corners, grey, levels, write
 
 from scd_sf.data import start
-from scd_sf.data.start import read_picture, read_start
+from scd_sf.data.start import picture_pixels, read_picture, read_start
 from scd_sf.files import LFS_POINTER
 from scd_sf.types import UserError
 
@@ -190,3 +190,20 @@ def test_other_formats_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(start, "LARGEST_VIDEO", 3 * 32 * 48 * 3 * 4)
     with pytest.raises(UserError, match="more than a start can have"):
         shown(write(tmp_path / "long.mp4", [grey(n) for n in range(9)]))
+
+
+def test_pictures_in_memory_and_long_ones(tmp_path: Path) -> None:
+    rows = np.linspace(0, 255, 8 * 12 * 3).astype(np.uint8).reshape(8, 12, 3)
+    turned = picture_pixels(rows[::-1], (8, 12), "image")
+    assert torch.equal(turned, picture_pixels(rows, (8, 12), "image").flip(1))
+    for array, message in (
+        (np.zeros((0, 0, 3), np.uint8), "has shape"),
+        (np.zeros((4, 4, 3), complex), "holds torch.complex"),
+        (np.zeros((4, 4, 3), "U1"), "give uint8"),
+        (np.zeros((8, 8 * 21, 3), np.uint8), "image: a picture of 168x8 is too long for 8x8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            picture_pixels(array, (8, 8), "image")
+    Image.new("RGB", (1, 30000)).save(tmp_path / "strip.png")
+    with pytest.raises(UserError, match="a picture of 1x30000 is too long for 480x480"):
+        read_start(tmp_path / "strip.png", (480, 480), 4, 8)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ from scd_sf.data.video_captions import read_captions, read_video_folder
 from scd_sf.data.video_plan import CutConfig, plan_videos, scan_video, validation_count
 from scd_sf.files import is_part
 from scd_sf.models.wan.vae import load_vae, vae_geometry
+from scd_sf.tools.data.encode_videos import check_video_folder
 from scd_sf.types import UserError, VideoShape
 
 SCRIPT = "data_prep/encode_latents.py"
@@ -162,11 +164,17 @@ def test_done_is_done_and_other_videos_or_settings_are_refused(
         (["--out", str(videos / "out")], "lies in the folder of the videos"),
         (["--out", str(videos.parent)], "holds other files"),
         (["--size", "48x32"], "give every size once"),
+        (["--text-cache", str(videos / "cache")], "lies in the folder of the videos"),
         (["--frames", "6"], "--frames 6: the VAE takes 1 + 4*k frames; use 5"),
         (["--store-text", "bfloat16"], "a clip's file has one type"),
     ):
         refused = recipe_runner.run(SCRIPT, *given, *more)
         assert refused.code == 2 and message in refused.err.splitlines()[-1], more
+    manifest = out / "val" / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    recipe_runner.succeed(SCRIPT, *given)
+    assert manifest.read_bytes() == content
     text = videos / "wide.txt"
     old = text.read_text()
     text.write_text("right turn")
@@ -178,6 +186,9 @@ def test_done_is_done_and_other_videos_or_settings_are_refused(
     refused = recipe_runner.run(SCRIPT, *given)
     (videos / "sound.mp4").write_bytes(data)
     assert "sound.mp4 was taken when the encoding began, and is gone or left out now" in refused.err
+    # what a refused run scanned is of no use, wherever its file is in name order
+    for scan in (out / "work").glob("scan-*"):
+        shutil.copy(scan, scan.with_name("scan-~.jsonl"))
     assert "already complete" in recipe_runner.succeed(SCRIPT, *given).out
 
 
@@ -382,6 +393,62 @@ def test_tables_of_captions(tmp_path: Path, name: str) -> None:
     (tmp_path / "captions.csv").write_text("file,caption\na.mp4,x\n")
     with pytest.raises(UserError, match="choose one with --captions"):
         read_video_folder(tmp_path)
+
+
+def _refused(root: Path, csv: str) -> str:
+    (root / "t.csv").write_text(csv)
+    with pytest.raises(UserError) as caught:
+        read_captions(root / "t.csv", root)
+    return str(caught.value)
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    composed, parted = (unicodedata.normalize(form, "gr\u00fcn") for form in ("NFC", "NFD"))
+    for name in ("a.mp4", f"{parted}.mp4", f"{composed} 2.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    for mark in ",;\t":
+        rows = [["file", "caption"], ["a.mp4", f'"x {mark} y"'], [f"{composed}.mp4", "z"]]
+        (tmp_path / "t.csv").write_text("\ufeff" + "\r\n".join(map(mark.join, rows)))
+        videos, refused, _ = read_captions(tmp_path / "t.csv", tmp_path)
+        captions = {name: video.caption for name, video in videos.items()}
+        assert captions == {"a.mp4": " ".join(f"x {mark} y".split()), f"{parted}.mp4": "z"}
+        assert not refused
+    (tmp_path / f"{parted} 2.txt").write_text("beside")
+    folder = read_video_folder(tmp_path, tmp_path / "t.csv")
+    assert [v.caption for v in folder.videos if v.file == f"{composed} 2.mp4"] == ["beside"]
+    assert ":1: has two columns 'caption'" in _refused(
+        tmp_path, "file,caption,Caption\na.mp4,x,y\n"
+    )
+    assert "put texts that have semicolons into quotes" in _refused(
+        tmp_path, "file;caption\na.mp4;x;y\n"
+    )
+    assert "its first line is like" in _refused(tmp_path, "file,caption\n")
+
+
+def test_what_a_plan_leaves_out_or_says(tmp_path: Path) -> None:
+    root = tmp_path / "videos"
+    root.mkdir()
+    raw_videos.write(root / "a.mp4", messy_videos.moving(8), rate=8)
+    shutil.copy(root / "a.mp4", root / "b.mp4")
+    raw_videos.write(root / "long.mp4", messy_videos.moving(8, 1, 16, 1024), rate=8)
+    table = root / "metadata.csv"
+    lines = "file,caption,split\na.mp4,x,train\nb.mp4,y,val\nlong.mp4,z,train\n"
+    table.write_text(lines)
+    cut, report = CutConfig(5, 8, ((48, 32),)), tmp_path / "report.json"
+    check_video_folder(root, None, "", cut, None, report)
+    assert left_out(report) == {
+        "long.mp4": "a picture of 1024x16 is too long for 48x32: less than a 20th of it would be left; crop it first"
+    }
+    notes = json.loads(report.read_text())["notes"]
+    assert "a.mp4 and b.mp4 have the same contents and are in train and val" in notes
+    for name in ("text-cache", "work", "report.json"):
+        table.write_text(lines.replace("val", name))
+        with pytest.raises(
+            UserError, match=f"its split is '{name}', a name that the encoding uses"
+        ):
+            check_video_folder(root, None, "", cut, None, None)
+    with pytest.raises(UserError, match="--val is nan"):
+        CutConfig(val=float("nan"))
 
 
 BAD_LINES: dict[str, str] = {

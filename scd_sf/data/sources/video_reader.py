@@ -38,6 +38,7 @@ LARGEST_FRAME = 4096 * 4096  # pixels: a header can ask for any amount of memory
 LARGEST_VIDEO = 2**31  # bytes of all frames as they are returned: 345 frames of 1920x1080
 # of the frames that the header promises; some writers count a few that they do not write
 WHOLE = 0.9
+MOST_CROPPED = 20  # a picture that is scaled to cover a size is at most so many times as large
 LONGEST_STILL = 60  # seconds: two frames can claim any length of time between them
 SAME_RATE = 0.01  # 29.97 frames per second pass for 30
 TIMING = "set fps to the file's own rate, or as_coded to take its frames one by one"
@@ -444,10 +445,24 @@ def cut_clips(
     )
 
 
+def check_crop(height: int, width: int, new_height: int, new_width: int, where: str = "") -> None:
+    """UserError where less than 1 / :data:`MOST_CROPPED` of a picture would be left when it is scaled
+    to cover a size and cropped: the scaled picture can be of any size."""
+    if height * new_width > MOST_CROPPED * width * new_height or (
+        width * new_height > MOST_CROPPED * height * new_width
+    ):
+        place = f"{where}: " if where else ""
+        raise UserError(
+            f"{place}a picture of {width}x{height} is too long for {new_width}x{new_height}: "
+            f"less than a {MOST_CROPPED}th of it would be left; crop it first"
+        )
+
+
 def cover(picture_HW3: np.ndarray, height: int, width: int) -> Tensor:
     """uint8 (H, W, 3) -> (3, height, width): resized (bicubic, antialiased) so that it just covers
     the size, then cropped at the middle."""
     old_height, old_width = picture_HW3.shape[:2]
+    check_crop(old_height, old_width, height, width)
     scale = max(height / old_height, width / old_width)
     new_size = max(height, round(old_height * scale)), max(width, round(old_width * scale))
     pixels = torch.from_numpy(np.ascontiguousarray(picture_HW3)).permute(2, 0, 1)
@@ -461,6 +476,7 @@ def resize_crop(picture_HW3: np.ndarray, size: int) -> np.ndarray:
     """uint8 (H, W, 3) -> (size, size, 3): short side to ``size`` (bilinear, antialiased), then the
     middle square."""
     height, width = picture_HW3.shape[:2]
+    check_crop(height, width, size, size)
     short = min(height, width)
     picture = picture_HW3
     if short != size:

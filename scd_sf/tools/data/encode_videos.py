@@ -32,7 +32,7 @@ from torch import Tensor
 from scd_sf import __version__
 from scd_sf.data.clip_files import About, clip_path, sweep_clips, write_clip
 from scd_sf.data.clip_index import JOB, Common, fault_of, open_job, read_folder_job
-from scd_sf.data.manifest import Format
+from scd_sf.data.manifest import MANIFEST, Format
 from scd_sf.data.prefetch import ThreadedTasks
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.data.sources.raw_files import Refused
@@ -72,6 +72,7 @@ from scd_sf.types import UserError, VideoShape, as_cell, on_device, printable, s
 SETTINGS, SCANS, PLAN, REPORT = "encoding.json", "scans.jsonl", "videos.jsonl", "report.json"
 TEXT = "text-cache"
 WORK = "work"  # folder of what ranks write while they are at work: scans and faults
+OWN_NAMES = {SETTINGS, SCANS, PLAN, REPORT, TEXT, WORK}
 ENCODING = Format("scd-sf-encoding", 1, "no such file; encode the videos first")
 AGAIN = "use another --out, or delete this one and encode again"
 SHOWN = 20
@@ -140,6 +141,7 @@ def check_video_folder(
     for scan in _scanned(videos, [video.file for video in folder.videos], workers, "videos"):
         scans[scan.file] = scan
     plan = plan_videos(folder.videos, scans, cut)
+    _check_folders(plan)
     summary = _summary(folder, plan, cut, _bytes(plan, shapes, width, store))
     if report is not None:
         write_json(report, summary)
@@ -179,6 +181,10 @@ def _begin(job: VideosJob, locks: ExitStack) -> list[str]:
     out = job.out
     if out.resolve().is_relative_to(job.videos.resolve()):
         raise UserError(f"--out {out}: lies in the folder of the videos; choose another place")
+    if job.cache_folder.resolve().is_relative_to(job.videos.resolve()):
+        raise UserError(
+            f"--text-cache {job.text_cache}: lies in the folder of the videos; choose another place"
+        )
     settings = _settings(job)
     require_own_folder(out, [SETTINGS], "use another --out")
     locks.enter_context(locked(out, "the encoding of videos"))
@@ -310,6 +316,7 @@ def _write_plan(job: VideosJob) -> None:
             )
         scans[video.file] = scan
     plan = plan_videos(folder.videos, scans, job.cut)
+    _check_folders(plan)
     rows: list[Json] = [json.loads(json.dumps(asdict(video))) for video in plan.videos]
     path = job.out / PLAN
     if path.is_file():
@@ -329,6 +336,16 @@ def _write_plan(job: VideosJob) -> None:
         write_jsonl(job.out / SCANS, rows)
     for file in (job.out / WORK).glob("scan-*.jsonl"):
         file.unlink()
+
+
+def _check_folders(plan: Plan) -> None:
+    """UserError where a split has the name of a file or folder of the encoding itself."""
+    for video in plan.videos:
+        if video.folder in OWN_NAMES:
+            raise UserError(
+                f"{printable(video.file)}: its split is '{video.folder}', a name that the encoding uses itself; "
+                "rename it"
+            )
 
 
 def _open_folders(job: VideosJob, plan: Plan) -> None:
@@ -359,7 +376,7 @@ def _open_folders(job: VideosJob, plan: Plan) -> None:
 
 def _difference(old_rows: Sequence[Json], new_rows: Sequence[Json]) -> str:
     """The first difference between two plans in words; "" where there is none."""
-    old = {str(row["file"]): row for row in old_rows}
+    old = {str(row.get("file")): row for row in old_rows}
     new = {str(row["file"]): row for row in new_rows}
     for file in sorted(old.keys() | new.keys()):
         name = printable(file)
@@ -508,7 +525,7 @@ def _about(job: VideosJob, video: PlannedVideo, start: int, clip: str) -> About:
     return About(
         clip,
         video.caption,
-        fps=round(job.cut.fps),
+        fps=int(job.cut.fps) if job.cut.fps.is_integer() else 0,  # job.json has it
         frames=job.cut.frames,
         size=f"{width}x{height}",
         source="videos",
@@ -559,7 +576,7 @@ def _is_complete(job: VideosJob, plan: Sequence[PlannedVideo]) -> bool:
     """Whether the folders have their manifests, and the report is written."""
     folders = {video.folder for video in plan if _is_wanted(job, video)}
     report = job.out / REPORT
-    if not report.is_file():
+    if not all(file.is_file() for file in [report, *(job.out / f / MANIFEST for f in folders)]):
         return False
     finished = read_json(report, AGAIN).get("finished")
     return isinstance(finished, list) and folders <= set(finished)
