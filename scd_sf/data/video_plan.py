@@ -194,7 +194,8 @@ def plan_videos(
             continue
         planned = _planned(video, scan, frames, cut)
         try:
-            check_crop(scan.height, scan.width, *reversed(planned.size))
+            width, height = planned.size
+            check_crop(scan.height, scan.width, height, width)
         except UserError as error:
             refused.append(Refused(video.file, str(error)))
             continue
