@@ -58,6 +58,7 @@ from scd_sf.models.build import (
 )
 from scd_sf.models.tokenizers.tokenizer import Normalisation, load_tokenizer, save_tokenizer
 from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.tiny_vae import TinyDecoder, TinyVaeConfig, load_decoder, save_decoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.models.wan.weights import load_wan, open_wan, save_wan
@@ -270,6 +271,9 @@ KINDS: dict[str, Kind] = {
     "vae weights": Kind(
         "wan/vae/diffusion_pytorch_model.safetensors", header, lambda w: load_vae(w / "wan"), 30
     ),
+    "tiny decoder": Kind(
+        "tiny/decoder.safetensors", header, lambda w: load_decoder(w / "tiny"), 60
+    ),
     "text config": Kind(
         "wan/text_encoder/config.json", tree, lambda w: load_text_encoder(w / "wan"), 60
     ),
@@ -413,6 +417,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "reference").mkdir()
     reference = {"path": str(root / "wan"), "package": "", "max_length": 512}
     (root / "reference" / "text_encoder.json").write_text(json.dumps(reference))
+    save_decoder(TinyDecoder(TinyVaeConfig(widths=(4, 4, 4, 4))), root / "tiny", "")
     tiny_run.write_latents(root / "latents")
     _write_texts(root)
     _write_runs(root)

@@ -45,8 +45,9 @@ from scd_sf.models.build import (
     load_student,
 )
 from scd_sf.models.wan.text import TextEncoder, load_text_encoder
+from scd_sf.models.wan.tiny_vae import load_decoder
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.models.wan.vae import Vae, VaeStream, load_vae
+from scd_sf.models.wan.vae import PixelDecoder, Vae, load_vae
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.nn.layers import WanBlock, channels_last
 from scd_sf.tensor_files import dtype_of
@@ -119,7 +120,9 @@ class BenchConfig:
     dtype: str = "fp32"
     """Type that the student computes in: fp32, bf16 or fp16."""
     vae_dtype: str = "fp32"
-    """Type that the VAE computes in."""
+    """Type that the VAE, or ``decoder``, computes in."""
+    decoder: str = ""
+    """A tiny decoder's file or folder, timed in place of the VAE's own; empty: the VAE's."""
     compile: CompileConfig = field(default_factory=CompileConfig)
     """What is compiled or replayed."""
     text_tokens: int = 512
@@ -206,6 +209,7 @@ class Bench:
     shape: VideoShape
     vae: Vae
     text: TextEncoder | None
+    decoder: PixelDecoder
     initial_bytes: int = 0  # allocated before the first clip
 
     def clock(self) -> float:
@@ -242,7 +246,7 @@ class Bench:
         dit: list[float] = []
         vae: list[float] = []
         pixels: list[int] = []
-        decoder, cfg = VaeStream(self.vae), self.cfg
+        decoder, cfg = self.decoder.stream(), self.cfg
         size = shape.latent(1)[1:]
         chunks = generate_latents(
             student, cond, [0], size, entry.sampler, window=cfg.window, sink=cfg.sink
@@ -446,7 +450,10 @@ def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Me
             raise UserError(
                 f"models: '{name}' takes text states {width} wide, {base} gives {text.width}; set base="
             )
-    return Bench(cfg, device, shape, vae, text, Peak(device).now()), entries
+    decoder: PixelDecoder = vae
+    if cfg.decoder:
+        decoder = load_decoder(cfg.decoder, device=device, dtype=dtype_of(cfg.vae_dtype), vae=vae)
+    return Bench(cfg, device, shape, vae, text, decoder, Peak(device).now()), entries
 
 
 def run_bench(
@@ -504,6 +511,7 @@ def setup(bench: Bench, peak: int) -> dict[str, object]:
         "vae": cfg.base or "the first checkpoint's base"
         if bench.text is not None
         else "Wan 2.1's, random weights",
+        "decoder": cfg.decoder or "the VAE's own",
         "rounds": cfg.rounds,
         "warmup_clips": cfg.warmup + 1,
         "peak_memory_gib": round(peak / 2**30, 2),

@@ -78,6 +78,10 @@ def make_again(
             f"{str(recorded_weights)[:16]}..; give the step of then as --checkpoint"
         )
     video_generator, settings = open_generator(cfg, ranks.device, weights)
+    if settings.get("decoder_sha256") != _settings(folder).get("decoder_sha256"):
+        raise UserError(
+            f"{cfg.decoder}: is another file than {folder / INDEX} was made with; put that one back"
+        )
     require_own_folder(out, [INDEX])
     with locked(out, "samples"):
         open_sample_folder(out, settings | {"checkpoint_sha256": recorded_weights})
@@ -141,8 +145,8 @@ def _config(
 ) -> SampleConfig:
     """The settings of the folder as ``scd sample`` takes them."""
     stored = _settings(folder)
-    names = ("checkpoint", "base", "weights", "dtype", "blocks", "sampler", "fps", "crf", "seed")
-    tree = {name: stored[name] for name in names if name in stored}
+    same = ("checkpoint", "base", "weights", "dtype", "blocks", "sampler", "decoder")
+    tree = {name: stored[name] for name in (*same, "fps", "crf", "seed") if name in stored}
     tree |= {"out": str(out), "batch": batch, "force": True, "text_cache": text_cache}
     tree |= {"compile": record.compile}
     size, window, guidance = (stored.get(name) for name in ("size", "window", "guidance"))

@@ -25,7 +25,7 @@ from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.interface import FrameStreamer, check_chunks
-from scd_sf.models.wan.vae import Vae, VaeStream
+from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
@@ -49,14 +49,15 @@ def generate(
     changes: Mapping[int, Conditioning] | None = None,
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
+    decoder: PixelDecoder | None = None,
 ) -> Iterator[Tensor]:
     """Pixels (B, m, 3, H, W) in [0, 1], as they are made: one frame for the first latent frame,
     ``temporal`` for each later one.
 
     ``shape``: of the whole clip. ``start``: pixels (B, F', 3, H, W) in [0, 1] that the clip begins
     with, F' = 1 + temporal*k; they come first, as the VAE gives them back. ``changes``: other
-    prompts from a pixel frame on. Other arguments as for :func:`generate_latents`. Raises UserError
-    for samples that are not finite.
+    prompts from a pixel frame on. ``decoder``: decodes instead of ``vae``. Other arguments as for
+    :func:`generate_latents`. Raises UserError for samples that are not finite.
     """
     latents = clip_latents(
         student,
@@ -72,15 +73,15 @@ def generate(
         guidance=guidance,
         null=null,
     )
-    yield from decoded(vae, latents)
+    yield from decoded(decoder or vae, latents)
 
 
 @torch.no_grad()
-def decoded(vae: Vae, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+def decoded(decoder: PixelDecoder, latents: Iterable[Tensor]) -> Iterator[Tensor]:
     """Pixels (B, m, 3, H, W) in [0, 1] of a clip's latents (B, n, C, H, W), as they come."""
-    decoder = VaeStream(vae)
+    stream = decoder.stream()
     for part in latents:
-        yield _pixels(decoder, part)
+        yield _pixels(stream, part)
 
 
 @torch.no_grad()
@@ -197,14 +198,14 @@ def clips_of(chunks: Iterable[Tensor]) -> Tensor:
     return torch.cat(list(chunks), dim=1)
 
 
-def decode(vae: Vae, latents: Tensor, batch: int = 16) -> Tensor:
+def decode(decoder: PixelDecoder, latents: Tensor, batch: int = 16) -> Tensor:
     """Whole clips of latents (B, F, C, H, W) -> pixels (B, F', 3, H, W) in [0, 1], as
     :func:`generate` decodes them."""
-    return torch.cat([_pixels(VaeStream(vae), part) for part in latents.split(batch)])
+    return torch.cat([_pixels(decoder.stream(), part) for part in latents.split(batch)])
 
 
-def _pixels(decoder: VaeStream, latents: Tensor) -> Tensor:
-    pixels = (decoder.push(latents) + 1) / 2
+def _pixels(stream: PixelStream, latents: Tensor) -> Tensor:
+    pixels = (stream.push(latents) + 1) / 2
     if not pixels.isfinite().all():
         raise NotFinite("decoded frames are not finite; the VAE's weights are broken")
     return pixels

@@ -34,6 +34,7 @@ from scd_sf.models.build import (
 )
 from scd_sf.models.wan.text import TextEncoder, wan_negative
 from scd_sf.models.wan.text_cache import open_text_encoder
+from scd_sf.models.wan.tiny_vae import TinyVae, decoder_file, load_decoder
 from scd_sf.models.wan.vae import Vae, load_vae
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.tensor_files import dtype_of
@@ -93,6 +94,9 @@ class SampleConfig:
     blocks: BlocksConfig | None = None
     """Which blocks of the causal baseline run, such as the skip-layer schedule; null: as the
     checkpoint says."""
+    decoder: str = ""
+    """A tiny decoder's file or folder, for previews: faster and less true than the VAE's own, and
+    not to be scored; empty: the VAE's."""
     compile: CompileConfig = field(default_factory=CompileConfig)
     """What is compiled or replayed."""
     batch: int = 4
@@ -200,6 +204,7 @@ class VideoGenerator:
     text: TextEncoder
     shape: VideoShape
     device: torch.device
+    decoder: TinyVae | None = None
 
     @cached_property
     def negative(self) -> Conditioning:
@@ -246,6 +251,7 @@ class VideoGenerator:
             changes=self.changes(videos),
             guidance=self.cfg.guidance,
             null=self.negative if self.cfg.guidance.on else None,
+            decoder=self.decoder,
         ):
             yield as_uint8(pixels)
 
@@ -262,6 +268,7 @@ def open_generator(
     base = base_of(description.base, cfg.base, path)
     student, _ = load_student(path, cfg.weights, cfg.blocks)
     vae = load_vae(base, device=device)
+    decoder = load_decoder(cfg.decoder, device=device, vae=vae) if cfg.decoder else None
     requested_size = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     shape = choose_shape(requested_size, origin, student, vae.geometry, cfg.checkpoint)
     text = open_text_encoder(base, cfg.text_cache, device=device, dtype=dtype_of(cfg.dtype))
@@ -281,9 +288,13 @@ def open_generator(
         "fps": cfg.fps,
         "crf": cfg.crf,
         "seed": cfg.seed,
+        "decoder": absolute(Path(cfg.decoder)) if cfg.decoder else "",
     }
+    if cfg.decoder:
+        settings["decoder_sha256"] = sha256_file(decoder_file(cfg.decoder))
     compile_steps(student.to(device, dtype_of(cfg.dtype)), cfg.compile, device)
-    return VideoGenerator(cfg, student, sampler.build(), vae, text, shape, device), settings
+    parts = VideoGenerator(cfg, student, sampler.build(), vae, text, shape, device, decoder)
+    return parts, settings
 
 
 def check_text_width(text: TextEncoder, description: CheckpointConfig, base: Path) -> None:

@@ -24,11 +24,20 @@ from scd_sf.evaluation.bench import (
     in_rounds,
     open_bench,
     run_bench,
+    setup,
 )
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.wan.tiny_vae import (
+    TinyDecoder,
+    TinyVae,
+    TinyVaeConfig,
+    latents_of,
+    save_decoder,
+)
 from scd_sf.models.wan.transformer import WanConfig
+from scd_sf.models.wan.vae import load_vae
 from scd_sf.types import UserError
 
 BASE = Path(__file__).parents[2] / "assets" / "wan_doom"
@@ -76,6 +85,16 @@ def test_the_document_holds_what_reviewers_ask_for() -> None:
     assert setup["video"] == [13, 32, 32] and setup["dtype"] == "fp32"
     assert setup["peak_memory_gib"] > 0.1 and setup["text_tokens"] == 24
     json.dumps(document)
+
+
+def test_a_tiny_decoder_is_timed_in_place_of_the_vaes(tmp_path: Path) -> None:
+    cfg = TinyVaeConfig(widths=(4, 4, 4, 4))
+    save_decoder(TinyDecoder(cfg), tmp_path, latents_of(load_vae(BASE)))
+    bench, entries = open_bench(config(decoder=str(tmp_path)))
+    assert isinstance(bench.decoder, TinyVae) and setup(bench, 0)["decoder"] == str(tmp_path)
+    assert bench.clip(entries[0]).pixels == (1, 4, 4, 4)
+    bench, _ = open_bench(config())
+    assert bench.decoder is bench.vae and setup(bench, 0)["decoder"] == "the VAE's own"
 
 
 def test_a_models_peak_is_without_what_others_left(monkeypatch: pytest.MonkeyPatch) -> None:

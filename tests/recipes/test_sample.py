@@ -28,6 +28,7 @@ from scd_sf.generation.sampling import SampleConfig, open_generator, start_sha25
 from scd_sf.models.export import export_weights
 from scd_sf.models.wan import text_cache
 from scd_sf.models.wan.text import WAN_NEGATIVE_PROMPT
+from scd_sf.models.wan.tiny_vae import TinyDecoder, TinyVaeConfig, latents_of, save_decoder
 from scd_sf.models.wan.vae import load_vae
 
 SCRIPT = "recipes/sample.py"
@@ -256,6 +257,43 @@ def test_a_video_is_made_again_from_its_manifest(
         monkeypatch, capsys, "again", tmp_path / "samples" / "0000-01.mp4", "--out", tmp_path / "y"
     )
     assert code == 1 and "it was made alone" in said and "other bytes than recorded" in said
+
+
+def test_a_tiny_decoder_is_recorded(
+    chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same latents in other pixels; named in the manifest, taken again by ``scd again``, and
+    another one in its place is refused."""
+    vae, tiny = load_vae(chain.wan), tmp_path / "tiny"
+    torch.manual_seed(0)
+    patch = vae.geometry.spatial // 8
+    model = TinyDecoder(TinyVaeConfig(vae.geometry.channels, (4, 4, 4, 4), patch=patch))
+    file = save_decoder(model, tiny, latents_of(vae))
+    given = [*arguments(chain, tmp_path / "out")[:-3], "samples=1", "crf=0", f"decoder={tiny}"]
+    code, said = scd(monkeypatch, capsys, "sample", *given)
+    assert code == 0, said
+    settings: dict[str, object] = manifest(tmp_path / "out")["settings"]  # type: ignore[assignment]
+    assert settings["decoder"] == str(tiny) and settings["decoder_sha256"] == sha256_file(file)
+    video = tmp_path / "out" / "0000-00.mp4"
+    assert read_video(video).shape == (9, 3, 32, 32)
+    cfg = load_config(SampleConfig, None, given)
+    generator, _ = open_generator(cfg, torch.device("cpu"))
+    assert generator.decoder is not None and generator.decoder.latents == latents_of(vae)
+    again = ["again", video, "--out"]
+    code, said = scd(monkeypatch, capsys, *again, tmp_path / "same")
+    assert code == 0 and "the same bytes as recorded" in said
+    code, said = scd(monkeypatch, capsys, "sample", *given[:-1])
+    assert code == 2 and f"decoder is '{tiny}' there but '' now" in said
+    model.get_parameter("decoder.22.bias").data += 1.0
+    save_decoder(model, tiny, latents_of(vae))
+    code, said = scd(monkeypatch, capsys, *again, tmp_path / "other")
+    assert code == 2 and "is another file than" in said and not (tmp_path / "other").exists()
+    save_decoder(model, tiny, "another VAE's")
+    code, said = scd(monkeypatch, capsys, "sample", *given)
+    assert code == 2 and "is for another VAE" in said
 
 
 def test_a_seed_is_its_prompt_s_wherever_it_stands(tmp_path: Path) -> None:

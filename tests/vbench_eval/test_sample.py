@@ -137,6 +137,7 @@ def test_refused_before_any_work(world: Path, tmp_path: Path) -> None:
         (["sampling.prompts=[x]"], "sampling.prompts is set"),
         (["sampling.seed=3"], "sampling.seed is set"),
         (["sampling.samples=5"], "sampling.samples is set"),
+        (["sampling.decoder=tiny"], "sampling.decoder is set, but a tiny decoder is for previews"),
         ([f"extended={tmp_path}/bad.json"], "1 lines for 4 prompts"),
         ([f"full_info={tmp_path}/bad.json"], "cannot be a file's name"),
     ):

@@ -153,6 +153,7 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
     entries = load_entries()
     if not root.is_dir():
         raise UserError(f"videos {root}: no such folder; sample with vbench_eval/sample.py")
+    _refuse_previews(root)
     jobs = [collect(root, name, entries, cfg) for name in names]
     cache = Path(
         cfg.cache or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench"
@@ -183,6 +184,17 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
         for number, job in enumerate(jobs, 1):
             _score(job, vbench, out, f"{number}/{len(jobs)} {job.dimension}")
         return _summarise(root, out, environment.versions)
+
+
+def _refuse_previews(root: Path) -> None:
+    """UserError for videos that a tiny decoder decoded."""
+    manifest = read_json(root / INDEX, "sample again") if (root / INDEX).is_file() else {}
+    settings = manifest.get("settings")
+    if isinstance(settings, dict) and settings.get("decoder"):
+        raise UserError(
+            f"{root / INDEX}: the videos were made with decoder {settings['decoder']}, which is for previews, "
+            "not for scores; sample again without it"
+        )
 
 
 def _full_info(folder: Path, entries: Sequence[VBenchPrompt]) -> list[Json]:

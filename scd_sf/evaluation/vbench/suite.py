@@ -87,6 +87,10 @@ class SuiteConfig:
         ):
             if is_set:
                 raise UserError(f"sampling.{name} is set, but the suite decides it; leave it out")
+        if sampling.decoder:
+            raise UserError(
+                "sampling.decoder is set, but a tiny decoder is for previews, not for scores; leave it out"
+            )
 
 
 def suite_videos(cfg: SuiteConfig, entries: list[VBenchPrompt]) -> list[VideoRequest]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,23 @@ class VaeGeometry:
             temporal=self.temporal,
             spatial=self.spatial,
         )
+
+
+class PixelStream(Protocol):
+    """One batch of videos on the way from latents to pixels."""
+
+    def push(self, latents_BFCHW: Tensor) -> Tensor:
+        """The next normalised latents (B, F', C, H', W') -> their pixels (B, F, 3, H, W) in [-1,
+        1], fp32: one frame for a video's first latent frame, ``temporal`` for each later one."""
+        ...
+
+
+class PixelDecoder(Protocol):
+    """What decodes latents: a :class:`Vae`, or a tiny decoder in its place (tiny_vae.py)."""
+
+    geometry: VaeGeometry
+
+    def stream(self) -> PixelStream: ...
 
 
 class Vae:
@@ -122,6 +139,10 @@ class Vae:
             latents = self.model.encode(pixels, return_dict=False)[0].mean.float()
             parts.append(self.normalised(latents).transpose(1, 2))
         return torch.cat(parts)
+
+    def stream(self) -> VaeStream:
+        """A decoder of one batch of videos whose latents come bit by bit."""
+        return VaeStream(self)
 
     @torch.no_grad()
     def decode(self, latents_BFCHW: Tensor) -> Tensor:

@@ -166,6 +166,8 @@ def test_refused_before_any_work(python: Path, tmp_path: Path) -> None:
     videos(tmp_path / "v", "color")
     more = [given[0], "dimensions=[color]", *given[2:], f"python={python}", "download=true"]
     assert "no detectron2, which color need" in refused(*more)[0]
+    (tmp_path / "v" / "manifest.json").write_text('{"settings": {"decoder": "/tiny"}}')
+    assert "made with decoder /tiny, which is for previews" in refused(*more)[0]
     assert not (tmp_path / "v" / "scores").exists()
 
 
