@@ -22,7 +22,7 @@ from scd_sf.tools.data.commands import app as data
 from scd_sf.tools.doctor.checks import FAIL, as_table, examine_machine
 from scd_sf.tools.plan.commands import plan
 from scd_sf.tools.runs.commands import app as runs
-from scd_sf.types import UserError, device_of, exit_on_user_error, printable, say
+from scd_sf.types import UserError, device_of, exit_on_user_error, plural, printable, say
 
 if TYPE_CHECKING:
     from scd_sf.models.wan.names import Layout
@@ -264,16 +264,17 @@ def gallery(
     )
     index = write_page(page, out)
     say(
-        f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos"
+        f"{index}: {plural(len(page.prompts), 'prompt')}, "
+        f"{plural(len(page.models), 'model')}, {plural(len(page.samples), 'video')}"
     )
     for fault in ("missing", "damaged"):
         if videos := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == fault]:
             say(
-                f"{len(videos)} of the videos are {fault} and marked so, such as {printable(videos[0])}: sample again"
+                f"{plural(len(videos), 'video')} {fault} and marked so, such as {printable(videos[0])}: sample again"
             )
     if videos := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
         say(
-            f"{len(videos)} of the videos changed since they were sampled and are marked so: {printable(videos[0])}"
+            f"{plural(len(videos), 'video')} changed since sampling and marked so: {printable(videos[0])}"
         )
     if sheet is not None:
         say(

@@ -73,6 +73,11 @@ def printable(text: str) -> str:
     return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def plural(count: int, noun: str) -> str:
+    """A number with its noun, as 1 rank, 8 ranks."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def say(text: object, file: TextIO | None = None) -> None:
     """Print one line and flush, with the text made printable. All output for people uses this,
     because most of it holds names from foreign files."""

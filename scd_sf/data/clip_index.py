@@ -20,7 +20,7 @@ from scd_sf.data.clip_files import ID, ClipFile, Header, clip_path, clip_paths, 
 from scd_sf.data.manifest import MANIFEST, Format, read_index, write_index
 from scd_sf.files import Json, others_in, typed, write_json
 from scd_sf.tensor_files import LONG_DTYPES, dtype_of
-from scd_sf.types import UserError, VideoShape
+from scd_sf.types import UserError, VideoShape, plural
 
 JOB, ROWS = "job.json", "clips.jsonl"
 CLIP_JOB = Format(
@@ -187,8 +187,9 @@ class ClipFiles:
         existing_ids = {file.stem for file in clip_paths(root)}
         if missing_ids := [row.id for row in self.rows if row.id not in existing_ids]:
             first = clip_path(root, missing_ids[0])
+            count = plural(len(missing_ids), "clip")
             raise UserError(
-                f"{first}: listed in {path} but missing (so are {len(missing_ids) - 1} others); {INDEX_AGAIN}"
+                f"{first}: listed in {path} but missing ({count} in all); {INDEX_AGAIN}"
             )
 
     def __len__(self) -> int:

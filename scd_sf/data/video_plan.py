@@ -21,7 +21,7 @@ from scd_sf.data.sources.raw_files import Refused
 from scd_sf.data.sources.video_reader import VideoInfo, check_crop, video_info
 from scd_sf.data.video_captions import CaptionedVideo
 from scd_sf.files import sha256_file
-from scd_sf.types import UserError, printable
+from scd_sf.types import UserError, plural, printable
 
 WAN_FPS = 16.0
 Rest = Literal["drop", "overlap"]
@@ -273,11 +273,22 @@ def _placed(video: PlannedVideo, split: str, cut: CutConfig) -> PlannedVideo:
     return replace(video, folder=f"{width}x{height}/{split}" if several else split)
 
 
+def _short_notes(lengths: Sequence[int], cut: CutConfig) -> list[str]:
+    """What lengths of clips would take the videos that are too short: half of them, and all."""
+    short = sorted((length for length in lengths if length < cut.frames), reverse=True)
+    offers = {}
+    for length in (short[(len(short) - 1) // 2], short[-1]) if short else ():
+        frames = 1 + (length - 1) // 4 * 4
+        if frames >= 5:
+            offers[frames] = sum(length >= frames for length in short)
+    if offers:
+        words = ", ".join(f"--frames {frames} takes {count}" for frames, count in offers.items())
+        return [f"{plural(len(short), 'video')} too short for --frames {cut.frames}: {words}"]
+    return []
+
+
 def _notes(taken: Sequence[PlannedVideo], lengths: Sequence[int], cut: CutConfig) -> list[str]:
-    notes = []
-    short = [length for length in lengths if length < cut.frames]
-    if short and (near := 1 + (min(short) - 1) // 4 * 4) >= 5:
-        notes.append(f"{len(short)} videos are too short; --frames {near} would take them all")
+    notes = _short_notes(lengths, cut)
     cropped = [video for video in taken if video.kept < 0.5]
     if cropped:
         hint = "their shape is far from every --size"
@@ -288,7 +299,9 @@ def _notes(taken: Sequence[PlannedVideo], lengths: Sequence[int], cut: CutConfig
                 for video in cropped
             ):
                 hint = f"add --size {height}x{width}"
-        notes.append(f"{len(cropped)} videos lose more than half of their picture; {hint}")
+        notes.append(
+            f"{plural(len(cropped), 'video')} cropped to less than half of the picture; {hint}"
+        )
     first: dict[str, PlannedVideo] = {}
     for video in taken:
         twin = first.setdefault(video.sha256, video)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from scd_sf.checkpoint import weights_sha256
-from scd_sf.config import stored_settings
+from scd_sf.config import differences, stored_settings
 from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
@@ -28,7 +28,7 @@ from scd_sf.generation.sampling import (
     open_generator,
     wanted_videos,
 )
-from scd_sf.types import UserError, say
+from scd_sf.types import UserError, plural, say
 
 INDEX = "manifest.json"
 DONE = ".done"
@@ -43,11 +43,11 @@ def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
         if not isinstance(old_settings, dict):
             raise UserError(f"{file}: not a sample manifest; use another out=")
         old_settings = stored_settings(SampleConfig, old_settings, str(file))
-        changed_names = [name for name in settings if old_settings.get(name) != settings[name]]
-        if changed_names:
-            name = changed_names[0]
+        changes = differences({name: old_settings.get(name) for name in settings}, settings)
+        if changes:
+            name, (old, new) = next(iter(changes.items()))
             raise UserError(
-                f"{file}: {name} is {old_settings.get(name)!r} there but {settings[name]!r} now; "
+                f"{file}: {name} is {old!r} there but {new!r} now; "
                 "nothing is overwritten: use another out="
             )
         return
@@ -178,7 +178,9 @@ def make_missing(
     ranks.barrier()  # no rank finishes a video before all have counted
     own_videos = missing_videos[ranks.rank :: ranks.world]
     if ranks.is_main:
-        say(f"{out}: {len(videos)} videos, {len(videos) - len(missing_videos)} finished before")
+        say(
+            f"{out}: {plural(len(videos), 'video')}, {len(videos) - len(missing_videos)} finished before"
+        )
     start_time, num_made = time.monotonic(), 0
     for part in batches(own_videos, video_generator.cfg.batch):
         make(video_generator, out, part)

@@ -24,7 +24,7 @@ from scd_sf.distributed import Ranks
 from scd_sf.train.base import EngineConfig, named_parameters
 from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.run import clock, rank_zero_print
-from scd_sf.types import VideoShape
+from scd_sf.types import VideoShape, plural
 
 LABEL = 10  # columns of a line's first word
 
@@ -154,11 +154,6 @@ def describe_device(ranks: Ranks) -> str:
     else:
         device = f"the CPU ({plural(torch.get_num_threads(), 'thread')} each)"
     return f"{plural(ranks.world, 'rank')} on {device}"
-
-
-def plural(count: int, noun: str) -> str:
-    """A number with its noun, as 1 rank, 8 ranks."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def describe_clips(count: int, shape: VideoShape, root: Path) -> str:

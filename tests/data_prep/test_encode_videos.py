@@ -170,11 +170,24 @@ def test_done_is_done_and_other_videos_or_settings_are_refused(
     ):
         refused = recipe_runner.run(SCRIPT, *given, *more)
         assert refused.code == 2 and message in refused.err.splitlines()[-1], more
+        if "made with other settings" in message or "encoding began" in message:
+            assert f"delete {out} and encode again" in refused.err
     manifest = out / "val" / "manifest.json"
     content = manifest.read_bytes()
     manifest.unlink()
     recipe_runner.succeed(SCRIPT, *given)
     assert manifest.read_bytes() == content
+    plan = out / "videos.jsonl"
+    old = plan.read_text()
+    rows = [json.loads(line) for line in old.splitlines()]
+    rows[0]["folder"] = "val" if rows[0]["folder"] == "train" else "train"
+    for count, message in (
+        (len(rows), f"{rows[0]['file']} is in another split"),
+        (len(rows) - 1, f"{rows[-1]['file']} is new since"),  # the cause, not what follows from it
+    ):
+        plan.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        assert message in recipe_runner.run(SCRIPT, *given).err
+    plan.write_text(old)
     text = videos / "wide.txt"
     old = text.read_text()
     text.write_text("right turn")
@@ -250,6 +263,18 @@ def test_check_reports_and_loads_no_model(videos: Path, tmp_path: Path) -> None:
     assert summary["bytes"] > 0 and "left out: none.mp4" in result.out
     nothing = recipe_runner.run(SCRIPT, "--clips", videos, "--check", "--frames", "4001")
     assert nothing.code == 2 and "no clip can be cut" in nothing.err
+    many = tmp_path / "many"
+    many.mkdir()
+    for number, count in enumerate([9] * 12 + [13] * 11 + [17]):
+        raw_videos.write(many / f"{number}.mp4", messy_videos.moving(count, number), rate=8)
+        (many / f"{number}.txt").write_text("x")
+    options = ["--clips", many, "--check", "--fps", "8", "--size", "48x32"]
+    said = recipe_runner.run(SCRIPT, *options, "--frames", "21").out
+    assert "24 videos too short for --frames 21: --frames 13 takes 12, --frames 9 takes 24" in said
+    assert "... and 4 more; --check --report FILE names them all" in said
+    said = recipe_runner.run(SCRIPT, *options, "--frames", "17", "--report", report).out
+    assert "23 videos too short for --frames 17: --frames 9 takes 23" in said
+    assert f"... and 3 more; {report} names them all" in said
 
 
 @pytest.mark.slow

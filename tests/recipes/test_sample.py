@@ -22,7 +22,7 @@ from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.start import read_start
 from scd_sf.files import LOCK, locked, sha256_file
-from scd_sf.generation.folder import batches
+from scd_sf.generation.folder import batches, open_sample_folder
 from scd_sf.generation.generate import as_uint8
 from scd_sf.generation.sampling import SampleConfig, open_generator, start_sha256, wanted_videos
 from scd_sf.models.export import export_weights
@@ -30,6 +30,7 @@ from scd_sf.models.wan import text_cache
 from scd_sf.models.wan.text import WAN_NEGATIVE_PROMPT
 from scd_sf.models.wan.tiny_vae import TinyDecoder, TinyVaeConfig, latents_of, save_decoder
 from scd_sf.models.wan.vae import load_vae
+from scd_sf.types import UserError
 
 SCRIPT = "recipes/sample.py"
 PROMPTS = ["left in meadow", "still in hall"]
@@ -319,6 +320,10 @@ def test_nothing_is_overwritten(chain: Chain, made: Path, tmp_path: Path) -> Non
         file: file.read_bytes() for file in made.rglob("*") if file.is_file() and file.name != LOCK
     }
     assert "seed is 0 there but 1 now" in refused(*arguments(chain, made), "seed=1")
+    settings = manifest(made)["settings"]
+    settings["sampler"]["steps"] += 1
+    with pytest.raises(UserError, match=r"manifest\.json: sampler\.steps is \d there but \d now"):
+        open_sample_folder(made, settings)
     other = shutil.copytree(chain.wan, tmp_path / "other")
     assert f"base is '{chain.wan}' there but '{other}' now" in refused(
         *arguments(chain, made), f"base={other}"

@@ -16,7 +16,7 @@ from scd_sf.tools.data.check import check, repair
 from scd_sf.tools.data.encode import encode
 from scd_sf.tools.data.export import export_webdataset
 from scd_sf.tools.data.progress import progress_of
-from scd_sf.types import say
+from scd_sf.types import plural, say
 
 SHOWN = 20
 app = typer.Typer(
@@ -24,7 +24,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command(help=paragraphs(encode.__doc__))(encode)
-Folder = Annotated[Path, typer.Argument(help="A folder of generate_clips.py or 'scd data import'.")]
+Folder = Annotated[
+    Path,
+    typer.Argument(help="A folder of encode, import or generate_clips.py, as data/clips/train."),
+]
 Full = Annotated[bool, typer.Option("--full", help="Read everything and compare its sha256, too.")]
 
 
@@ -38,9 +41,14 @@ def check_command(folder: Folder, full: Full = False) -> None:
         say(line)
     if len(report.problems) > SHOWN:
         say(f"... and {len(report.problems) - SHOWN} more")
-    stray = f", {len(report.temporary_files)} temporary files" if report.temporary_files else ""
+    stray = (
+        f", {plural(len(report.temporary_files), 'temporary file')}"
+        if report.temporary_files
+        else ""
+    )
     say(
-        f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}"
+        f"{folder}: {plural(report.clips, 'clip')} whole, {report.bytes / 1e9:.3g} GB, "
+        f"{plural(len(report.problems), 'problem')}{stray}"
     )
     sys.exit(1 if report.problems else 0)
 

@@ -74,7 +74,6 @@ TEXT = "text-cache"
 WORK = "work"  # folder of what ranks write while they are at work: scans and faults
 OWN_NAMES = {SETTINGS, SCANS, PLAN, REPORT, TEXT, WORK}
 ENCODING = Format("scd-sf-encoding", 1, "no such file; encode the videos first")
-AGAIN = "use another --out, or delete this one and encode again"
 SHOWN = 20
 PROMPTS_AT_ONCE = 64
 TOKENS_PER_WORD = 1.5  # of umT5, for the estimate of disk space
@@ -103,6 +102,10 @@ class VideosJob:
     text_dtype: str = "float32"
     store: str = "float16"
     splits: tuple[str, ...] = ()
+
+    @property
+    def remedy(self) -> str:
+        return f"use another --out, or delete {self.out} and encode again"
 
     @property
     def cache_folder(self) -> Path:
@@ -145,7 +148,7 @@ def check_video_folder(
     summary = _summary(folder, plan, cut, _bytes(plan, shapes, width, store))
     if report is not None:
         write_json(report, summary)
-    _print_summary(summary)
+    _print_summary(summary, report)
     if not plan.videos:
         raise UserError(f"{videos}: no clip can be cut; the reasons are above")
 
@@ -194,7 +197,7 @@ def _begin(job: VideosJob, locks: ExitStack) -> list[str]:
         old_settings = old if isinstance(old, dict) else {}
         names = sorted(n for n in settings if old_settings.get(n) != settings[n])
         if names:
-            raise UserError(f"{path}: made with other settings ({', '.join(names)}); {AGAIN}")
+            raise UserError(f"{path}: made with other settings ({', '.join(names)}); {job.remedy}")
     else:
         write_json(path, ENCODING.sealed({"settings": settings}))
     (out / WORK).mkdir(exist_ok=True)
@@ -281,7 +284,7 @@ def _scan_share(job: VideosJob, files: Sequence[str], ranks: Ranks) -> None:
 def _known_scans(job: VideosJob) -> dict[_State, VideoScan]:
     """Results of earlier scans, also those of files that were changed since."""
     rows = _read_lines(job.out / WORK, "scan")
-    scans = [typed(row, VideoScan, job.out / WORK, AGAIN) for row in rows]
+    scans = [typed(row, VideoScan, job.out / WORK, job.remedy) for row in rows]
     scans += _planned_scans(job).values()
     return {(scan.file, scan.bytes, scan.mtime_ns): scan for scan in scans}
 
@@ -289,8 +292,8 @@ def _known_scans(job: VideosJob) -> dict[_State, VideoScan]:
 def _planned_scans(job: VideosJob) -> dict[str, VideoScan]:
     """The scans that the plan was made from, by file."""
     path = job.out / SCANS
-    rows = read_jsonl(path, AGAIN) if path.is_file() else []
-    return {scan.file: scan for scan in (typed(row, VideoScan, path, AGAIN) for row in rows)}
+    rows = read_jsonl(path, job.remedy) if path.is_file() else []
+    return {scan.file: scan for scan in (typed(row, VideoScan, path, job.remedy) for row in rows)}
 
 
 def _state(job: VideosJob, file: str) -> _State:
@@ -320,10 +323,10 @@ def _write_plan(job: VideosJob) -> None:
     rows: list[Json] = [json.loads(json.dumps(asdict(video))) for video in plan.videos]
     path = job.out / PLAN
     if path.is_file():
-        if fault := _difference(read_jsonl(path, AGAIN), rows):
-            raise UserError(f"{job.videos}: {fault}; {AGAIN}")
+        if fault := _difference(read_jsonl(path, job.remedy), rows):
+            raise UserError(f"{job.videos}: {fault}; {job.remedy}")
     elif not rows:
-        _print_summary(_summary(folder, plan, job.cut, 0))
+        _print_summary(_summary(folder, plan, job.cut, 0), None)
         raise UserError(f"{job.videos}: no clip can be cut; the reasons are above")
     else:
         write_jsonl(path, rows)
@@ -332,7 +335,7 @@ def _write_plan(job: VideosJob) -> None:
         raise UserError(f"--split {unknown_splits[0]}: the videos make {', '.join(sorted(splits))}")
     _open_folders(job, plan)
     rows = [asdict(scans[video.file]) for video in folder.videos]
-    if not (job.out / SCANS).is_file() or read_jsonl(job.out / SCANS, AGAIN) != rows:
+    if not (job.out / SCANS).is_file() or read_jsonl(job.out / SCANS, job.remedy) != rows:
         write_jsonl(job.out / SCANS, rows)
     for file in (job.out / WORK).glob("scan-*.jsonl"):
         file.unlink()
@@ -375,7 +378,9 @@ def _open_folders(job: VideosJob, plan: Plan) -> None:
 
 
 def _difference(old_rows: Sequence[Json], new_rows: Sequence[Json]) -> str:
-    """The first difference between two plans in words; "" where there is none."""
+    """The first difference between two plans in words; "" where there is none. A video that is in
+    another split comes last: that follows from a change of another one."""
+    moved = ""
     old = {str(row.get("file")): row for row in old_rows}
     new = {str(row["file"]): row for row in new_rows}
     for file in sorted(old.keys() | new.keys()):
@@ -386,14 +391,17 @@ def _difference(old_rows: Sequence[Json], new_rows: Sequence[Json]) -> str:
             return f"{name} is new since the encoding began"
         if old[file] != new[file]:
             fields = [key for key in new[file] if old[file].get(key) != new[file][key]]
+            if fields == ["folder"]:
+                moved = moved or f"{name} is in another split than when the encoding began"
+                continue
             changed = "contents" if "sha256" in fields else ", ".join(fields)
             return f"{name} was changed since the encoding began ({changed})"
-    return ""
+    return moved
 
 
 def _read_plan(job: VideosJob) -> list[PlannedVideo]:
-    rows = read_jsonl(job.out / PLAN, AGAIN)
-    return [typed(row, PlannedVideo, job.out / PLAN, AGAIN) for row in rows]
+    rows = read_jsonl(job.out / PLAN, job.remedy)
+    return [typed(row, PlannedVideo, job.out / PLAN, job.remedy) for row in rows]
 
 
 # -------------------------------------------------------------------------------------------- clips
@@ -540,7 +548,9 @@ def _decode(
     """The groups of one video. A damaged video gives the whole clips before the damage, then its
     fault. UserError where the file is another one than was scanned."""
     if _state(job, video.file) != (scan.file, scan.bytes, scan.mtime_ns):
-        raise UserError(f"{job.videos / video.file}: was changed while it was encoded; {AGAIN}")
+        raise UserError(
+            f"{job.videos / video.file}: was changed while it was encoded; {job.remedy}"
+        )
     width, height = video.size
     starts = [start for group in groups for start in group]
     clips = cut_clips(
@@ -578,7 +588,7 @@ def _is_complete(job: VideosJob, plan: Sequence[PlannedVideo]) -> bool:
     report = job.out / REPORT
     if not all(file.is_file() for file in [report, *(job.out / f / MANIFEST for f in folders)]):
         return False
-    finished = read_json(report, AGAIN).get("finished")
+    finished = read_json(report, job.remedy).get("finished")
     return isinstance(finished, list) and folders <= set(finished)
 
 
@@ -598,11 +608,11 @@ def _finish(job: VideosJob, plan: Sequence[PlannedVideo], ranks: Ranks) -> None:
             index_clips(root)
             finished.append(name)
     summary = _result(job, plan, counts, faults)
-    old = read_json(job.out / REPORT, AGAIN) if (job.out / REPORT).is_file() else {}
+    old = read_json(job.out / REPORT, job.remedy) if (job.out / REPORT).is_file() else {}
     old_names = old.get("finished")
     names = set(finished) | set(old_names if isinstance(old_names, list) else [])
     write_json(job.out / REPORT, {**summary, "finished": sorted(names)})
-    _print_summary(summary)
+    _print_summary(summary, job.out / REPORT)
     if job.text_cache == OFF:
         shutil.rmtree(job.out / TEXT, ignore_errors=True)
     if not finished:
@@ -651,7 +661,7 @@ def _faults(job: VideosJob) -> dict[str, tuple[int, str]]:
     that cannot be made, and the reason."""
     faults: dict[str, tuple[int, str]] = {}
     for row in _read_lines(job.out / WORK, "fault"):
-        fault = typed(row, _Fault, job.out / WORK, AGAIN)
+        fault = typed(row, _Fault, job.out / WORK, job.remedy)
         known = faults.get(fault.file, (fault.first_bad, fault.reason))
         faults[fault.file] = min(known, (fault.first_bad, fault.reason))
     return faults
@@ -717,13 +727,15 @@ def _size_text(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _print_summary(summary: Json) -> None:
+def _print_summary(summary: Json, report: Path | None) -> None:
+    """``report``: the file that has the summary, where one was written."""
     left_out, folders, cut = summary["left_out"], summary["folders"], summary["cut"]
     assert isinstance(left_out, list) and isinstance(folders, dict) and isinstance(cut, dict)
     for part in left_out[:SHOWN]:
         say(f"left out: {part['file']}: {part['reason']}")
     if len(left_out) > SHOWN:
-        say(f"... and {len(left_out) - SHOWN} more; the report names them all")
+        place = report or "--check --report FILE"
+        say(f"... and {len(left_out) - SHOWN} more; {place} names them all")
     table = Table(title=f"clips of {cut['frames']} frames at {cut['fps']:g} per second")
     columns = (
         "videos",

@@ -56,13 +56,13 @@ def begin(root: Path, request: object, folders: Sequence[str]) -> bool:
         stored = read_json(manifest, "choose another directory").get("request")
         if not is_same(stored, manifest):
             raise UserError(
-                f"{manifest}: another dataset is here; choose another directory or delete this one"
+                f"{manifest}: another dataset is here; choose another directory or delete {root}"
             )
         return True
     if request_file.is_file():
         if not is_same(read_json(request_file, "choose another directory"), request_file):
             raise UserError(
-                f"{request_file}: an unfinished, different run is here; choose another directory or delete it"
+                f"{request_file}: an unfinished, different run is here; choose another directory or delete {root}"
             )
     # work/: killed before its first file
     elif others_in(root) not in ([], ["work"]) or others_in(root / "work"):

@@ -110,8 +110,8 @@ def test_a_whole_folder_passes_and_every_damage_is_found_and_repaired(tmp_path: 
     quick, full = scd("check", root), scd("check", root, "--full")
     assert (
         quick.exit_code == 1
-        and "1 clips whole" in quick.stdout
-        and "1 temporary files" in quick.stdout
+        and "1 clip whole" in quick.stdout
+        and "1 temporary file" in quick.stdout
     )
     assert (
         "cut?" in quick.stdout

@@ -152,9 +152,9 @@ def test_the_command(tmp_path: Path, single: bool) -> None:
     assert result.exit_code == 0, result.output
     for said in (
         "3 prompts, 2 models, 6 videos",
-        "1 of the videos are missing and marked so, such as SCD/0000-00.mp4",
-        "1 of the videos are damaged and marked so, such as SCD/0001-00.mp4",
-        "changed since they were sampled",
+        "1 video missing and marked so, such as SCD/0000-00.mp4",
+        "1 video damaged and marked so, such as SCD/0001-00.mp4",
+        "changed since sampling",
         "3 of 3 prompts",
     ):
         assert said in result.output.replace("\n", "")
