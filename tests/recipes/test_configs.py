@@ -41,13 +41,16 @@ SCHEMAS = {
     "stage2": ("stage2_flow_matching", "Stage2Config"),
     "stage3": ("stage3_self_forcing", "Stage3Config"),
     "teacher": ("pretrain_teacher", "PretrainConfig"),
+    "tiny_vae": ("pretrain_tiny_vae", "PretrainTinyVaeConfig"),
     "tokenizer": ("pretrain_tokenizer", "PretrainTokenizerConfig"),
-    "vae": ("pretrain_vae", "PretrainVae"),
+    "vae_doom": ("pretrain_vae", "PretrainVae"),
 }
 
 
 def schema_of(config: Path) -> type[object]:
-    found = [entry for word, entry in SCHEMAS.items() if word in config.stem]
+    found = [entry for word, entry in SCHEMAS.items() if config.stem.startswith(word)] or [
+        entry for word, entry in SCHEMAS.items() if word in config.stem
+    ]
     assert len(found) == 1, f"{config}: say in SCHEMAS which script it is for"
     script, name = found[0]
     module = (

@@ -1,5 +1,5 @@
-"""A tiny decoder in place of the VAE's own: several times faster, less true. For previews and live
-use, never for figures of quality.
+"""A tiny decoder in place of the VAE's own: a fraction of its operations, and less true. For
+previews and live use, never for figures of quality.
 
 Network and file layout are those of TAEHV (MIT licence, Ollin Boer Bohan, madebyollin/taehv), whose
 files are read as they are: ``taew2_1`` for Wan 2.1, ``taew2_2`` for Wan 2.2 5B (its ``super``
@@ -34,7 +34,7 @@ from scd_sf.tensor_files import PICKLES, Lazy, open_tensors, read_all, read_meta
 from scd_sf.types import UserError, check_within, on_device
 
 DECODER = "decoder.safetensors"
-REMEDY = "use taew2_1 or taew2_2 of madebyollin/taehv, or a file that was trained for your VAE"
+REMEDY = "use taew2_1 or taew2_2 of madebyollin/taehv, or train one: recipes/pretrain_tiny_vae.py"
 STAGES, BLOCKS = 3, 3  # each stage doubles height and width
 LAYERS = BLOCKS + 3  # of a stage: its blocks, upsampling, growth in time, a convolution
 Memory = list[Tensor]
