@@ -16,7 +16,7 @@ from scd_sf.checkpoint import weights_sha256
 from scd_sf.config import from_yaml, stored_settings
 from scd_sf.data.prompt_files import PromptRow
 from scd_sf.distributed import Ranks
-from scd_sf.files import locked, read_json, require_own_folder, typed, write_json
+from scd_sf.files import locked, read_json, require_own_folder, safe_path, typed, write_json
 from scd_sf.generation.folder import (
     DONE,
     INDEX,
@@ -68,6 +68,10 @@ def make_again(
     name = video.absolute().relative_to(folder).as_posix()
     record = _record(folder, name)
     together = record.batch or [name]
+    if name not in together or len(set(together)) < len(together):
+        raise UserError(
+            f"{folder / name}: its record's 'batch' does not name every video once; {REMEDY}"
+        )
     requests = [_request(folder, file, _record(folder, file)) for file in together]
     cfg = _config(folder, record, len(together), out, checkpoint, base, text_cache)
     weights = ranks.checkpoint(cfg.checkpoint, cfg.weights)
@@ -113,7 +117,7 @@ def _settings(folder: Path) -> dict[str, object]:
 
 
 def _record(folder: Path, name: str) -> _Record:
-    file = folder / DONE / f"{name}.json"
+    file = safe_path(folder / DONE, f"{name}.json", f"{folder / INDEX}: a video's name")
     if not file.is_file():
         raise UserError(f"{folder / name}: no finished video of this folder; {REMEDY}")
     return typed(read_json(file, REMEDY), _Record, file, REMEDY)
@@ -149,11 +153,15 @@ def _config(
     tree = {name: stored[name] for name in (*same, "fps", "crf", "seed") if name in stored}
     tree |= {"out": str(out), "batch": batch, "force": True, "text_cache": text_cache}
     tree |= {"compile": record.compile}
-    size, window, guidance = (stored.get(name) for name in ("size", "window", "guidance"))
-    if isinstance(size, list):
-        tree |= dict(zip(("frames", "height", "width"), size, strict=False))
-    if isinstance(window, list):
-        tree |= dict(zip(("window", "sink"), window, strict=False))
+    for name, fields in (("size", ("frames", "height", "width")), ("window", ("window", "sink"))):
+        values = stored.get(name)
+        if isinstance(values, list):
+            if len(values) != len(fields):
+                raise UserError(
+                    f"{folder / INDEX}: settings: {name} has {len(values)} numbers, not {len(fields)}; {REMEDY}"
+                )
+            tree |= dict(zip(fields, values, strict=True))
+    guidance = stored.get("guidance")
     if isinstance(guidance, dict):
         tree["negative_prompt"] = guidance.get("negative_prompt", "")
         tree["guidance"] = {

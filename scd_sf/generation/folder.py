@@ -21,6 +21,7 @@ from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
 from scd_sf.generation.compile import CompileConfig
+from scd_sf.generation.request import check_later
 from scd_sf.generation.sampling import (
     SampleConfig,
     VideoGenerator,
@@ -157,6 +158,9 @@ def make_videos(
     out = Path(cfg.out)
     checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
     video_generator, settings = open_generator(cfg, ranks.device, checkpoint)
+    for video in videos:
+        for frame, _ in video.row.then:
+            check_later(frame, video_generator.shape)
     settings |= {
         "checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)),
         **extra_settings,

@@ -33,6 +33,8 @@ from scd_sf.files import new_folder, write_json
 from scd_sf.generation.generate import clip_latents, clips_of, decoded
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.request import (
+    check_later,
+    check_whole,
     choose_guidance,
     choose_seeds,
     choose_shape,
@@ -281,6 +283,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             return self._encode(_texts(text, name))
         assert embeds is not None
         length, width = self._text.max_length, self._text.width
+        if not isinstance(embeds, Tensor) or not embeds.is_floating_point() or not embeds.numel():
+            raise UserError(f"{name}_embeds: give a tensor of encode_prompt, floating point")
         if embeds.ndim != 3 or embeds.shape[1] > length or embeds.shape[2] != width:
             raise UserError(
                 f"{name}_embeds has shape {tuple(embeds.shape)}; it must be (prompts, at most {length}, {width})"
@@ -324,16 +328,21 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         check_start(latent_frames, self.transformer.chunk, shape, name)
         return pixels
 
-    def _changes(self, then: Later, prompts: int, per_prompt: int) -> dict[int, Conditioning]:
+    def _changes(
+        self, then: Later, shape: VideoShape, prompts: int, per_prompt: int
+    ) -> dict[int, Conditioning]:
         """Conditions of B rows from pixel frames on."""
         changes = {}
         try:
             pairs = sorted(dict(then).items())
         except (TypeError, ValueError) as error:
             raise UserError("then: give {pixel frame: prompt}, or pairs of these") from error
+        if len(pairs) != len(then):
+            raise UserError("then: gives two prompts from the same frame on; give one")
         for frame, text in pairs:
             if type(frame) is not int or frame < 1:
                 raise UserError(f"then: {frame!r} is no pixel frame; give a whole number from 1 on")
+            check_later(frame, shape)
             states = self._encode(_texts(text, "then", prompts))
             changes[frame] = Conditioning(states.repeat_interleave(per_prompt, 0))
         return changes
@@ -347,11 +356,15 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             raise UserError(
                 f"callback_on_step_end_tensor_inputs names {unknown[0]}; only latents can be had"
             )
+        if not callable(callback):
+            raise UserError(f"callback_on_step_end is a {type(callback).__name__}; give a function")
         steps = iter(range(self._num_timesteps))
 
         def on_step(step: int, t: float, x: Tensor) -> Tensor:
             given = {name: x.transpose(1, 2) for name in tensor_inputs}
             back = callback(self, next(steps), torch.tensor(1000 * t), given) or {}
+            if not isinstance(back, Mapping) or not isinstance(back.get("latents", x), Tensor):
+                raise UserError('callback_on_step_end: return {"latents": tensor}, or nothing')
             if others := [name for name in back if name not in self._callback_tensor_inputs]:
                 raise UserError(f"callback_on_step_end returns {others[0]}; only latents are taken")
             if "latents" not in back:
@@ -422,6 +435,18 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         """
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is '{output_type}'; use {', '.join(OUTPUT_TYPES)}")
+        check_whole(
+            {
+                "num_videos_per_prompt": num_videos_per_prompt,
+                "num_inference_steps": num_inference_steps,
+                "num_frames": num_frames,
+                "frames": frames,
+                "height": height,
+                "width": width,
+                "window": window,
+                "sink": sink,
+            }
+        )
         if num_videos_per_prompt < 1:
             raise UserError(f"num_videos_per_prompt is {num_videos_per_prompt}; use at least 1")
         if num_frames and frames and num_frames != frames:
@@ -435,7 +460,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         seeds = choose_seeds(seed, generator, prompts, per_prompt)
         whole = (len(seeds), shape.channels, shape.frames, shape.height, shape.width)
         if latents is not None and (not isinstance(latents, Tensor) or latents.shape != whole):
-            raise UserError(f"latents has shape {tuple(latents.shape)}; give a tensor {whole}")
+            own_shape = tuple(getattr(latents, "shape", ())) or type(latents).__name__
+            raise UserError(f"latents has shape {own_shape}; give a tensor {whole}")
         null = self._null(kind, negative_prompt, negative_prompt_embeds, prompts)
         known = self._known(image, start, prompts, shape)
         known_frames = 0 if known is None else 1 + (known.shape[1] - 1) // shape.temporal
@@ -452,7 +478,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             window=window,
             sink=sink,
             start=None if known is None else known.repeat_interleave(per_prompt, 0),
-            changes=self._changes(then or {}, prompts, per_prompt),
+            changes=self._changes(then or {}, shape, prompts, per_prompt),
             guidance=kind,
             null=None if null is None else Conditioning(null.repeat_interleave(per_prompt, 0)),
             initial=None if latents is None else latents.transpose(1, 2),

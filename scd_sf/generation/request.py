@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import SupportsFloat
 
 import numpy as np
 import torch
@@ -21,6 +22,23 @@ from scd_sf.models.wan.vae import VaeGeometry
 from scd_sf.types import UserError, VideoShape
 
 START_FPS = 16  # Wan's; a start video is resampled to it
+
+
+def check_whole(numbers: Mapping[str, object]) -> None:
+    """UserError for one that is neither a whole number nor None: int() would cut 5.5 to 5."""
+    for name, value in numbers.items():
+        is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+        if value is not None and not is_whole:
+            raise UserError(f"{name} is {value!r}; give a whole number")
+
+
+def check_later(frame: int, shape: VideoShape) -> None:
+    """UserError where another prompt comes after the clip's end and would not be seen."""
+    if frame >= shape.pixel_frames:
+        raise UserError(
+            f"then: frame {frame} is beyond the clip's {shape.pixel_frames} frames; ask for more with frames=, or "
+            "leave that prompt out"
+        )
 
 
 def choose_sampler(
@@ -69,14 +87,16 @@ def choose_steps(
     return replace(trained_sampler, steps=steps, times=())
 
 
-def choose_guidance(guidance: SampleGuidance | None, scale: float | None) -> SampleGuidance:
+def choose_guidance(guidance: SampleGuidance | None, scale: object) -> SampleGuidance:
     """``guidance``, or text guidance of diffusers' ``guidance_scale``: w, off at 1 and below."""
     if scale is None:
         return guidance or SampleGuidance()
     if guidance is not None:
         raise UserError("guidance_scale and guidance are both set; give one of them")
-    text = GuidanceConfig(scale)  # refuses what is no scale
-    return SampleGuidance(text if scale > 1 else GuidanceConfig())
+    if not isinstance(scale, SupportsFloat):
+        raise UserError(f"guidance_scale is {scale!r}; give a number")
+    text = GuidanceConfig(float(scale))  # refuses what is no scale
+    return SampleGuidance(text if text.w > 1 else GuidanceConfig())
 
 
 def choose_seeds(
@@ -135,6 +155,8 @@ def start_pixels(start: object, prompts: int, shape: VideoShape, where: str) -> 
             parts.append(read_start(Path(one), size, shape.temporal, START_FPS))
         else:
             frames = list(one) if isinstance(one, Tensor | np.ndarray) and one.ndim == 4 else [one]
+            if not frames:
+                raise UserError(f"{where}: holds no frame; give one at least")
             parts.append(torch.stack([picture_pixels(frame, size, where) for frame in frames]))
     if len({len(part) for part in parts}) != 1:
         raise UserError(f"{where}: the clips begin with different numbers of frames; cut them")

@@ -247,6 +247,16 @@ def test_a_video_is_made_again_from_its_manifest(
     assert "its weights have sha256" in other
     assert "no finished video" in refusal("again", made / "0009-00.mp4", "--out", tmp_path / "x")
     assert "no manifest.json" in refusal("again", tmp_path / "a.mp4", "--out", tmp_path / "x")
+    record = tmp_path / "rich" / ".done" / "0000-00.mp4.json"
+    content = record.read_text()
+    for batch, words in (
+        (["0000-00.mp4"] * 2, "does not name every video once"),
+        (["0001-00.mp4"], "does not name every video once"),
+        (["0000-00.mp4", "../../x"], "which leaves"),
+    ):
+        record.write_text(json.dumps(json.loads(content) | {"batch": batch}))
+        assert words in refusal(*again, "--out", tmp_path / "x")
+    record.write_text(content)
     Image.new("RGB", (40, 40), "blue").save(tmp_path / "red.png")
     start_sha256.cache_clear()
     assert "red.png, which was changed since" in refusal(*again, "--out", tmp_path / "x")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from scd_sf.checkpoint import absolute
-from scd_sf.files import Json, foreign, in_turn, read_json, write_text
+from scd_sf.files import Json, foreign, in_turn, read_json, read_text, write_text
 from scd_sf.types import UserError, say
 
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer"]
@@ -38,7 +38,11 @@ _STEMS: dict[Part, str] = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-_NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w.-]{1,100}))?")
+# no "--", which the cache's folder names have for "/", and no ".."
+_NAME = re.compile(
+    r"(?!.*(?:--|\.\.))"
+    r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([A-Za-z0-9][\w.-]{0,99}))?"
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 FP32 = 4  # bytes; every tensor of Wan-AI's diffusers repositories is fp32
 UMT5_PARAMETERS = 5_680_910_336  # of umT5-xxl's encoder: 256,384 words, 24 layers of width 4096
@@ -163,11 +167,19 @@ def _at_commit(name: HubName) -> HubName:
     if HF_HUB_OFFLINE:
         if not reference.is_file():
             raise _absent(name, PARTS)
-        return HubName(name.repo, reference.read_text().strip())
+        return _checked_commit(name, read_text(reference, "remove it").strip())
     with foreign(_refused(name), _remedy(name, PARTS)):
         commit = str(HfApi().model_info(name.repo, revision=name.revision).sha)
+        at_commit = _checked_commit(name, commit)
         reference.parent.mkdir(parents=True, exist_ok=True)
         write_text(reference, commit, durable=False)
+    return at_commit
+
+
+def _checked_commit(name: HubName, commit: str) -> HubName:
+    """The repository at a commit that the hub or its cache names: it becomes a folder's name."""
+    if not _COMMIT.fullmatch(commit):
+        raise UserError(f"{name}: is at {commit[:80]!r}, which is no commit; give one as @COMMIT")
     return HubName(name.repo, commit)
 
 

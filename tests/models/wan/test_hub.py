@@ -92,6 +92,10 @@ def test_names_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "../b",
         "models/Wan2.1-T2V-14B-Diffusers",
         "a/b@",
+        "a/b@..",
+        "a/b@-x",
+        "a/b..c@main",
+        "a--b/c@main",  # its folder in the cache would be that of a/b--c
         "a b/c",
     ):
         assert hub_name(text) is None and wan_folder(text) == Path(text)
@@ -128,6 +132,17 @@ def test_offline_says_what_to_do(tmp_path: Path) -> None:
     assert "(80.4 GB, computed); of these 57.2 GB are needed here" in message
     with pytest.raises(UserError, match=r"--exclude '\*\.bin' '\*\.pt'"):
         wan_folder(f"{REPO}@main")
+
+
+def test_a_reference_that_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a cache or a hub says is no path."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    reference = tmp_path / "models--someone--else" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    for text in ("../../elsewhere", ""):
+        reference.write_text(text)
+        with pytest.raises(UserError, match=r"someone/else@main: is at '.*', which is no commit"):
+            wan_folder("someone/else@main")
 
 
 @pytest.mark.slow
