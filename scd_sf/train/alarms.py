@@ -9,6 +9,7 @@ what happened, for ``scd runs``; a resumed run forgets what came after its check
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ class Alarms:
         changes: Logs = {}
         record = self.record
         for alarm in self.alarms:
-            if alarm.metric not in logs:
+            if math.isnan(logs.get(alarm.metric, math.nan)):  # neither within the range nor outside
                 continue
             record, change = _after(record, alarm, step, logs[alarm.metric], self.total)
             if change is not None:

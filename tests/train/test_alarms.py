@@ -104,6 +104,14 @@ def test_what_never_was_healthy_counts_from_half_of_the_training_on(tmp_path: Pa
     assert alarms.check(204, {"loss": 1.0}) == {}
 
 
+def test_what_could_not_be_measured_is_neither_healthy_nor_not(tmp_path: Path) -> None:
+    alarms, nan = opened(tmp_path), dict.fromkeys(TRUE, float("nan"))
+    assert alarms.check(10, nan) == {} and alarms.record.settled == {}
+    assert alarms.check(20, TRUE) == {} and len(alarms.check(30, statistics(COLLAPSES["static"])))
+    lasting = alarms.record.active
+    assert alarms.check(40, nan) == {} and alarms.record.active == lasting != []
+
+
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     still = statistics(COLLAPSES["static"])
     alarms = opened(tmp_path)
