@@ -48,8 +48,11 @@ class Cluster:
             raise UserError(
                 f"--nodes is {self.nodes}, --gpus-per-node {self.gpus_per_node}; at least 1 each"
             )
-        if self.gpu_mem <= 0 or self.peak_tflops <= 0 or not 0 < self.mfu <= 1:
-            raise UserError("--gpu-mem and --peak-tflops must be above 0, --mfu in (0, 1]")
+        sizes = (self.gpu_mem, self.peak_tflops)
+        if not all(0 < size < math.inf for size in sizes) or not 0 < self.mfu <= 1:
+            raise UserError(
+                "--gpu-mem and --peak-tflops must be above 0 and finite, --mfu in (0, 1]"
+            )
 
     @property
     def world(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,6 +81,6 @@ def _size(text: str) -> VideoConfig:
     from scd_sf.tools.stage_configs import VideoConfig
 
     numbers = text.split("x")
-    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+    if len(numbers) != 3 or not all(re.fullmatch("[0-9]{1,7}", number) for number in numbers):
         raise UserError(f"--clips is {text[:80]!r}; write FRAMESxHEIGHTxWIDTH, as 81x480x832")
     return VideoConfig(*map(int, numbers))

@@ -208,6 +208,8 @@ def test_what_cannot_be_planned() -> None:
         budget(tiny_job("train.global_batch=8"), Cluster(1, 3))
     with pytest.raises(UserError, match="mfu"):
         Cluster(mfu=1.5)
+    with pytest.raises(UserError, match="finite"):
+        Cluster(gpu_mem=float("nan"))
     with pytest.raises(UserError, match="at least 1"):
         Cluster(nodes=0)
 
