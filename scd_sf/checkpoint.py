@@ -262,9 +262,13 @@ def find(path: Path, weights: str = "") -> Path:
         if newest is not None:
             return newest
     problem = "no checkpoint here" if path.exists() else "no such folder, so no checkpoint"
-    raise UserError(
-        f"{path}: {problem}; give a step_N directory, or a run directory that holds some"
-    )
+    remedy = "give a step_N directory, or a run directory that holds some"
+    if (path / "model_index.json").exists():
+        remedy = (
+            "a Wan directory becomes a student by 'scd transplant'; of an exported pipeline give "
+            "its transformer/model.safetensors"
+        )
+    raise UserError(f"{path}: {problem}; {remedy}")
 
 
 # sha256 of files that this process has hashed, by (path, inode, bytes, mtime in ns); directories

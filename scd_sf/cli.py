@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 app = typer.Typer(
     name="scd",
-    help="Separable Causal Diffusion on Wan 2.1: look after an installation and its checkpoints.",
+    help="Separable Causal Diffusion on Wan 2.1: from clips and weights to students and videos.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -59,7 +59,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Separable Causal Diffusion on Wan 2.1: look after an installation and its checkpoints."""
+    """Separable Causal Diffusion on Wan 2.1: from clips and weights to students and videos."""
 
 
 @app.command()

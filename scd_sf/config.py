@@ -146,16 +146,28 @@ def from_command_line(
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="values of single fields")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args, unknown_arguments = parser.parse_known_intermixed_args(
+        sys.argv[1:] if argv is None else argv
+    )
     if args.help:
         width = shutil.get_terminal_size().columns
         _print_and_stop(f"{parser.format_help()}\nfields:\n{help_of(schema, width)}")
+    if unknown_arguments:
+        raise UserError(_unknown_argument(schema, unknown_arguments[0]))
     cfg = load_config(schema, args.config, args.overrides)
     if os.environ.get("RANK", "0") == "0":
         _note_replacements(args.config)
     if args.print_config:
         _print_and_stop(commented_yaml(cfg))
     return cfg
+
+
+def _unknown_argument(schema: type[Any], argument: str) -> str:
+    """What to type instead of ``--field value``."""
+    name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+    matches = difflib.get_close_matches(name[:100], list(_hints(schema)), n=1, cutoff=0.6)
+    example = f"{matches[0]}=VALUE" if matches else "name=VALUE, --help lists the names"
+    return f"unknown option '{_shorten(argument)}'; fields are set without dashes: {example}"
 
 
 def _note_replacements(files: Sequence[Path]) -> None:
@@ -448,7 +460,7 @@ def _merge(
             raise UserError(f"{source}: unknown key '{key}'{_did_you_mean(name, schema, prefix)}")
         nested = _dataclass_of(hints[name])
         if nested is None:
-            new_value = _convert(value, hints[name], key, source)
+            new_value = _convert(value, hints[name], key, source, _file_field(name, hints, prefix))
             old_value = values[name]
             is_update = isinstance(old_value, dict) and isinstance(new_value, dict) and new_value
             values[name] = (
@@ -516,9 +528,16 @@ def _did_you_mean(key: str, schema: type[Any], prefix: str) -> str:
 # -------------------------------------------------------------------------------------------- types
 
 
-def _convert(value: object, hint: object, key: str, source: str) -> object:
-    """A value of a YAML tree as a field's type. Raises UserError that names the key and the
-    expected type."""
+def _file_field(name: str, hints: Tree, prefix: str) -> str:
+    """The field that takes a file in the place of the list ``name`` (prompts, prompt_file), or
+    empty."""
+    field = f"{name.removesuffix('s')}_file"
+    return f"{prefix}{field}" if field in hints else ""
+
+
+def _convert(value: object, hint: object, key: str, source: str, file_field: str = "") -> object:
+    """A value of a YAML tree as a field's type. ``file_field``: the field for a file in the place
+    of this list. Raises UserError that names the key and the expected type."""
     inner = _strip_optional(hint)
     origin, args = typing.get_origin(inner), typing.get_args(inner)
     if is_null(value) and _is_optional(hint):
@@ -542,7 +561,12 @@ def _convert(value: object, hint: object, key: str, source: str) -> object:
         return tuple(items) if origin is tuple else items
     if isinstance(value, str) and isinstance(inner, type):
         return _scalar(value, inner, f"{source}: {key}")
-    raise _type_error(value, hint, f"{source}: {key}")
+    error = _type_error(value, hint, f"{source}: {key}")
+    if origin in (tuple, list) and isinstance(value, str):
+        example = '["FIRST", "SECOND"]' if args[0] is str else "[FIRST, SECOND]"
+        file_remedy = f", a file {file_field}=FILE" if file_field else ""
+        raise UserError(f"{error}; a list is written {key}='{example}'{file_remedy}")
+    raise error
 
 
 def _choice(value: object, choices: Sequence[object], key: str, source: str) -> object:

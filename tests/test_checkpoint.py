@@ -127,6 +127,10 @@ def test_nothing_saved_is_none_unless_required(tmp_path: Path) -> None:
         store.newest(required=True)
     with pytest.raises(UserError, match="no checkpoint here"):
         find(tmp_path)
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="a Wan directory becomes a student by 'scd transplant'"):
+        find(tmp_path / "wan")
     with pytest.raises(UserError, match="absent: no such folder, so no checkpoint; give"):
         find(tmp_path / "absent")
 

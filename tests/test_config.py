@@ -13,6 +13,7 @@ from scd_sf.config import (
     Renamed,
     commented_yaml,
     differences,
+    from_command_line,
     from_yaml,
     load_config,
     plain_yaml,
@@ -330,6 +331,38 @@ def test_old_names_of_fields_are_read(
         load_config(Outer, None, ["teacher.etta=1"])
     with pytest.raises(UserError, match=r"teacher\.noise is 'x' \(expected float\)"):
         load_config(Outer, None, ["teacher_engine.eta=x"])
+
+
+@dataclass
+class Lists:
+    prompts: list[str] = field(default_factory=list)
+    prompt_file: str = ""
+    times: tuple[float, ...] = ()
+
+
+def test_what_people_type_first_is_refused_with_what_to_type() -> None:
+    def line(*arguments: str) -> str:
+        with pytest.raises(UserError) as refusal:
+            from_command_line(Lists, "words", arguments)
+        return str(refusal.value)
+
+    assert line("prompts=p.txt").endswith(
+        """a list is written prompts='["FIRST", "SECOND"]', a file prompt_file=FILE"""
+    )
+    assert line("times=0.5").endswith("a list is written times='[FIRST, SECOND]'")
+    assert line("--prompt-file", "p.txt") == (
+        "unknown option '--prompt-file'; fields are set without dashes: prompt_file=VALUE"
+    )
+    assert line("times=[1]", "--zzz=3").endswith(
+        "without dashes: name=VALUE, --help lists the names"
+    )
+
+
+def test_values_before_and_behind_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("prompts: [a]\n")
+    cfg = from_command_line(Lists, "words", ["prompt_file=x", "--config", str(file), "times=[0.5]"])
+    assert cfg == Lists(["a"], "x", (0.5,))
 
 
 @dataclass

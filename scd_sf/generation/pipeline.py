@@ -136,6 +136,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             raise UserError(
                 f"{root}: no such directory; give one of scd export, or fetch it with 'hf download' first"
             )
+        _require_pipeline(root)
         config, origin = read_single(root / STUDENT)
         student, _ = load_student(root / STUDENT)
         text = load_text_encoder(root, device=device, dtype=kind)
@@ -623,6 +624,17 @@ def _texts(text: Prompts, name: str, count: int | None = None) -> list[str]:
         )
     words = [str(one) for one in texts]
     return [wan_negative(one) for one in words] if name == "negative_prompt" else words
+
+
+def _require_pipeline(root: Path) -> None:
+    """UserError for a directory without a student that is none of ``scd export`` either."""
+    index = root / "model_index.json"
+    is_pipeline = index.is_file() and SCDWanPipeline.__name__ in index.read_text("utf-8", "replace")
+    if not is_pipeline and not (root / STUDENT).is_file():
+        raise UserError(
+            f"{root}: no pipeline directory; make one of a run or a checkpoint with "
+            "'scd export RUN DIR --layout pipeline'"
+        )
 
 
 def _floating(dtype: torch.dtype) -> torch.dtype:

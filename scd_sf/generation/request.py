@@ -57,10 +57,21 @@ def choose_sampler(
     )
     if sampler != trained_sampler and trained_sampler.name == "renoise" and not force:
         raise UserError(
-            f"{where}: distilled for sampler {asdict(trained_sampler)}, not for {asdict(sampler)}; "
-            "leave the sampler unset, or force it"
+            f"{where}: distilled for sampler {_other_fields(trained_sampler, sampler)}, "
+            f"not for {_other_fields(sampler, trained_sampler)}; leave the sampler unset, or set "
+            "force=true"
         )
     return sampler
+
+
+def _other_fields(sampler: SamplerConfig, other: SamplerConfig) -> str:
+    """The fields in which ``sampler`` differs from ``other``, as they are typed."""
+    values, other_values = asdict(sampler), asdict(other)
+    return " ".join(
+        f"{name}={[round(time, 4) for time in value] if name == 'times' else value}"
+        for name, value in values.items()
+        if value != other_values[name] and value != ()
+    )
 
 
 def choose_steps(
@@ -73,6 +84,11 @@ def choose_steps(
 ) -> SamplerConfig:
     """:func:`choose_sampler`, where diffusers' ``num_inference_steps`` may ask for another number
     of steps. UserError: a distilled student has its own, unless ``force``."""
+    if not isinstance(requested_sampler, SamplerConfig | None):
+        raise UserError(
+            f"sampler is {requested_sampler!r}; give a SamplerConfig of scd_sf.models.build, such as "
+            "SamplerConfig('unipc', 30)"
+        )
     if steps is None or (requested_sampler or trained_sampler).steps == steps:
         return choose_sampler(trained_sampler, requested_sampler, where, force=force)
     if requested_sampler is not None:
@@ -82,13 +98,15 @@ def choose_steps(
     if trained_sampler.name == "renoise" and not force:
         raise UserError(
             f"num_inference_steps is {steps}, but {where} was distilled for {trained_sampler.steps} steps; "
-            "leave it out, or set force"
+            "leave it out, or set force=True"
         )
     return replace(trained_sampler, steps=steps, times=())
 
 
 def choose_guidance(guidance: SampleGuidance | None, scale: object) -> SampleGuidance:
     """``guidance``, or text guidance of diffusers' ``guidance_scale``: w, off at 1 and below."""
+    if not isinstance(guidance, SampleGuidance | None):
+        raise UserError(f"guidance is {guidance!r}; give a SampleGuidance, or guidance_scale=")
     if scale is None:
         return guidance or SampleGuidance()
     if guidance is not None:

@@ -16,9 +16,15 @@ def check_batches(cfg: TrainConfig, ranks: Ranks, size: int, root: Path) -> None
     whole batches."""
     accumulation(cfg.global_batch, cfg.micro_batch, ranks.world)
     if size < cfg.global_batch:
-        raise UserError(
-            f"{root}: {size} samples, fewer than train.global_batch={cfg.global_batch}: lower it"
-        )
+        problem = f"{root}: {size} samples, fewer than train.global_batch={cfg.global_batch}"
+        micro_batch = min(cfg.micro_batch, size // ranks.world)
+        if micro_batch == 0:
+            raise UserError(f"{problem}; take more samples, or fewer processes than {ranks.world}")
+        processes_batch = micro_batch * ranks.world
+        remedy = f"train.global_batch={size // processes_batch * processes_batch}"
+        if micro_batch < cfg.micro_batch:
+            remedy += f" train.micro_batch={micro_batch}"
+        raise UserError(f"{problem}; use {remedy}, or more samples")
 
 
 def check_shape(

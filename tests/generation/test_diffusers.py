@@ -335,6 +335,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         'return {"latents": tensor}',
     ),
     "then": ({"then": {0: "a"}}, "then: 0 is no pixel frame"),
+    "a sampler by name": ({"sampler": "unipc"}, "sampler is 'unipc'; give a SamplerConfig"),
+    "a guidance that is a number": ({"guidance": 4.0}, "guidance is 4.0; give a SampleGuidance"),
     "sink": ({"sink": 2}, "a sink needs a window"),
     "a callback's tensors": (
         {
@@ -463,6 +465,13 @@ def test_callbacks(pipe: SCDWanPipeline, video: np.ndarray) -> None:
 
     assert np.array_equal(pipe(PROMPT, callback_on_step_end=stop).frames[0], video[:5])
     assert np.array_equal(pipe(PROMPT).frames[0], video), "the next call is whole"
+
+
+def test_a_directory_that_is_no_pipeline(tmp_path: Path) -> None:
+    tiny_run.write_wan(tmp_path / "wan")
+    for directory in (tmp_path, tmp_path / "wan"):
+        with pytest.raises(UserError, match=r"no pipeline directory; make one .*'scd export"):
+            SCDWanPipeline.from_pretrained(directory)
 
 
 def test_progress_bar(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,7 +136,7 @@ def test_what_is_refused_before_anything_is_written(
         (arguments(chain, run, other, f"text.path={tmp_path}/wan"), "6 wide, the model takes 8"),
         (
             arguments(chain, run, other, "train.global_batch=8"),
-            "6 samples, fewer than train.global_batch=8",
+            "6 samples, fewer than train.global_batch=8; use train.global_batch=6, or more samples",
         ),
     ):
         result = recipe_runner.run(STAGE3, *given)
