@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
-EXTRAS ?= dev,demo,data,cluster,eval,wandb,docs
+EXTRAS ?= dev,demo,data,cluster,eval,wandb,serve,docs
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q
 # Paths may be given: make test T=tests/nn ; SLOW=1 adds the slow tests ; ARGS goes to the command as it is.
 T ?= tests

@@ -219,6 +219,9 @@ def make(args: argparse.Namespace) -> None:
     say(f"{run_seconds:.0f} s in this run; all of it is in {args.run}")
     say(f"  trainings  scd runs ls {args.run}")
     say(f"  figures    {args.run}/results.json")
+    say(
+        f"  live       scd serve {args.run}/stage3-scd --fps 35: type a prompt, watch it being made"
+    )
     say(f"  open       {args.run}/gallery.html: the videos side by side, the table below them")
 
 

@@ -282,6 +282,81 @@ def gallery(
         )
 
 
+@app.command()
+def serve(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A run directory, a step_N of it, or an exported file.")
+    ],
+    base: Annotated[str, typer.Option(help="Its Wan directory; empty: as in the checkpoint.")] = "",
+    decoder: Annotated[
+        str,
+        typer.Option(help="A tiny decoder's file or folder, faster and less true; empty: none."),
+    ] = "",
+    weights: Annotated[str, typer.Option(help="ema, model or best.")] = "ema",
+    frames: Annotated[int, typer.Option(help="Frames of a training clip; 0: as trained.")] = 0,
+    height: Annotated[int, typer.Option(help="Pixels; 0: as trained.")] = 0,
+    width: Annotated[int, typer.Option(help="Pixels; 0: as trained.")] = 0,
+    window: Annotated[
+        int,
+        typer.Option(
+            help="The last latent frames that are remembered; 0: a training clip's, less the sink."
+        ),
+    ] = 0,
+    sink: Annotated[
+        int, typer.Option(help="First latent frames that are remembered, too; -1: one chunk.")
+    ] = -1,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16; the VAE computes in fp32.")
+    ] = "fp32",
+    fps: Annotated[int, typer.Option(help="Frames per second of the page and the download.")] = 16,
+    seconds: Annotated[
+        float, typer.Option(help="Longest clip; 0: 2^19 latent frames, 36 hours at 16 fps.")
+    ] = 0,
+    keep: Annotated[
+        float, typer.Option(help="The last seconds that can be downloaded; 1 GiB at most.")
+    ] = 30,
+    quality: Annotated[int, typer.Option(help="Of the JPEGs, 1 .. 95.")] = 90,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Other than 127.0.0.1: with a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one.")] = 8000,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name (NAME or NAME:PORT) in a browser's address; repeatable."),
+    ] = None,
+) -> None:
+    """Type a prompt in the browser and watch the video as it is made. SCD_SERVE_TOKEN: a token of
+    your own instead of a random one."""
+    try:
+        from scd_sf.tools.serve.server import ServeConfig, run_server
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "websockets"):
+            raise
+        raise UserError(f"{error.name} is missing: pip install 'scd-sf[serve]'") from error
+
+    run_server(
+        ServeConfig(
+            checkpoint,
+            base=base,
+            decoder=decoder,
+            weights=weights,
+            frames=frames,
+            height=height,
+            width=width,
+            window=window,
+            sink=sink,
+            dtype=dtype,
+            fps=fps,
+            seconds=seconds,
+            keep=keep,
+            quality=quality,
+            host=host,
+            port=port,
+            names=tuple(name or ()),
+        )
+    )
+
+
 @_command()
 def probe(context: typer.Context) -> None:
     """What a model's blocks do over steps and frames, and which could be left out: JSON, PNG and

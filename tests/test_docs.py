@@ -297,7 +297,7 @@ BAD = {
     "a script's option": "`python recipes/demo.py --runn a`",
     "a field": "```\ndeepspeed recipes/stage2_flow_matching.py train.stepps=1\n```",
     "a field of a section": "`scd sample sampler.nme=euler`",
-    "an extra": "the extra `serve`",
+    "an extra": "the extra `live`",
     "an extra to install": "```\npip install -e '.[dve]'\n```",
 }
 

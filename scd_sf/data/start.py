@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -104,16 +105,29 @@ def read_picture(path: Path, where: str) -> Tensor:
     refuse_lfs_pointer(path)
     # Pillow gets an open file, because it maps plain TIFFs of a path, and then mixes the pixels of
     # those that are to be turned.
+    with foreign(f"{where}: neither a video nor a readable image", REMEDY), path.open("rb") as file:
+        return picture_of(file, where, LARGEST_PICTURE, PICTURES)
+
+
+def picture_of(
+    file: BinaryIO,
+    where: str,
+    largest: int,
+    formats: tuple[str, ...],
+) -> Tensor:
+    """(3, H, W) in [0, 1] of the bytes of an image of at most ``largest`` pixels in one of
+    ``formats``, as :func:`read_picture` reads a file of them.
+
+    UserError likewise, but for bytes that are no image: wrap it in :func:`~scd_sf.files.foreign`.
+    """
     with (
-        foreign(f"{where}: neither a video nor a readable image", REMEDY),
         # sizes are compared below
         warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-        path.open("rb") as file,
-        Image.open(file, formats=PICTURES) as image,
+        Image.open(file, formats=formats) as image,
     ):
-        if image.width * image.height > LARGEST_PICTURE:
+        if image.width * image.height > largest:
             raise UserError(
-                f"{where}: {image.width}x{image.height} is too large, {LARGEST_PICTURE:,} pixels are read at most; "
+                f"{where}: {image.width}x{image.height} is too large, {largest:,} pixels are read at most; "
                 "make it smaller"
             )
         # of an MPO the first is the photograph

@@ -13,7 +13,7 @@ tokens, E width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -99,11 +99,12 @@ def clip_latents(
     changes: Mapping[int, Conditioning] | None = None,
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
+    next_prompt: Callable[[], Conditioning | None] | None = None,
     initial: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Latents (B, n, C, H, W) of the frames of :func:`generate`: those of ``start`` first, then
-    chunk by chunk. ``initial``, ``on_step``: as for :func:`generate_latents`."""
+    chunk by chunk. ``next_prompt``, ``initial``, ``on_step``: as for :func:`generate_latents`."""
     history, num_known = None, 0
     if start is not None:
         history = on_device(vae.encode(start * 2 - 1), cond.text_BLE.device)
@@ -125,6 +126,7 @@ def clip_latents(
         changes=prompts,
         guidance=guidance,
         null=null,
+        next_prompt=next_prompt,
         initial=initial,
         on_step=on_step,
     )
@@ -144,6 +146,7 @@ def generate_latents(
     changes: Mapping[int, Conditioning] | None = None,
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
+    next_prompt: Callable[[], Conditioning | None] | None = None,
     initial: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
@@ -152,10 +155,12 @@ def generate_latents(
     ``cond``: B rows; ``seeds``: one per row. ``shape``: (F, C, H, W) of the whole clip, ``history``
     included. ``window``, ``sink``: latent frames that the cache keeps (0: all). ``history``:
     latents (B, F', C, H, W) that the clip begins with; they are not yielded. ``changes``: other
-    conditions from the n-th yielded chunk on. ``guidance`` with ``null``: away from this condition
-    (one row, or B). ``initial``: noise (B, F, C, H, W) to begin from instead of the seeds' own;
-    what is drawn later still is theirs. ``on_step``: called after every denoising step. Raises
-    UserError: rows without a seed, frames that chunks do not divide, samples that are not finite.
+    conditions from the n-th yielded chunk on. ``next_prompt``: asked for them right before every
+    chunk (None: they stay), for a prompt that is typed while the video runs. ``guidance`` with
+    ``null``: away from this condition (one row, or B). ``initial``: noise (B, F, C, H, W) to begin
+    from instead of the seeds' own; what is drawn later still is theirs. ``on_step``: called after
+    every denoising step. Raises UserError: rows without a seed, frames that chunks do not divide,
+    samples that are not finite.
     """
     if len(seeds) != cond.batch:
         raise UserError(f"{cond.batch} conditions but {len(seeds)} seeds; give one seed for each")
@@ -173,6 +178,12 @@ def generate_latents(
         streamer = under_guidance(
             student, guidance, as_stored(null), noise.role("corruption", repeat=True)
         )
+
+    def prompt_from(number: int) -> Conditioning | None:
+        new = next_prompt() if next_prompt is not None else None
+        new = (changes or {}).get(number) if new is None else new
+        return None if new is None else as_stored(new)
+
     chunks = stream_rollout(
         streamer,
         noise.chunks((size[0], size[1], size[2]), student.chunk, num_known, frames, initial),
@@ -182,7 +193,7 @@ def generate_latents(
         query_noise=noise.role("query"),
         cache=CacheConfig.sampling(window, sink, frames),
         history=history,
-        prompts={chunk: as_stored(new) for chunk, new in (changes or {}).items()},
+        prompts=prompt_from,
         on_step=on_step,
     )
     for latents in chunks:

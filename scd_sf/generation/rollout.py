@@ -3,7 +3,7 @@ made, the same for every family of students."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ def stream_rollout(
     exit_step: int | None = None,
     cache: CacheConfig | None = None,
     history: Tensor | None = None,
-    prompts: Mapping[int, Conditioning] | None = None,
+    prompts: Callable[[int], Conditioning | None] | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Yield finished chunks (B, n, C, H, W) one by one from ``noise``: (B, F, C, H, W), or its
@@ -41,8 +41,8 @@ def stream_rollout(
 
     ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue);
     they are not yielded. The query beside them is not read, so no noise is drawn for it.
-    ``prompts``: another prompt from the n-th yielded chunk on. ``on_step``: called after every
-    denoising step of every chunk (:class:`~scd_sf.diffusion.samplers.Sampler`).
+    ``prompts``: asked before the n-th yielded chunk for another prompt from there on, or None.
+    ``on_step``: called after every denoising step (:class:`~scd_sf.diffusion.samplers.Sampler`).
     """
     chunks, draw_query = _chunks(noise, generator.chunk), query_noise or noise_like
     x_T = next(chunks, None)
@@ -55,8 +55,8 @@ def stream_rollout(
         previous = known_chunk
     number = 0
     while x_T is not None:
-        if prompts is not None and number in prompts:
-            stream = generator.switch(stream, prompts[number])
+        if prompts is not None and (new := prompts(number)) is not None:
+            stream = generator.switch(stream, new)
         stream = generator.advance(stream, previous, draw_query(x_T))
         x_0 = sampler(partial(_velocity, generator, stream), x_T, noise_like, exit_step, on_step)
         previous = x_0.detach()

@@ -42,7 +42,12 @@ def test_another_prompt_from_a_chunk_on(variant: tiny.Variant) -> None:
 
     def roll(prompts: dict[int, object] | None) -> Tensor:
         return torch.cat(
-            list(stream_rollout(model, noise, first, Euler(2), zeros, prompts=prompts)), 1
+            list(
+                stream_rollout(
+                    model, noise, first, Euler(2), zeros, prompts=prompts and prompts.get
+                )
+            ),
+            1,
         )  # type: ignore[arg-type]
 
     plain, switched = roll(None), roll({2: second})

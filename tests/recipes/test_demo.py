@@ -120,6 +120,7 @@ def test_what_the_demo_writes_and_prints(
         demo.main()
         said = capsys.readouterr().out
         assert "distilled" in said and verdict in said and f"open       {run}/gallery.html" in said
+        assert f"live       scd serve {run}/stage3-scd --fps 35" in said
         assert (f"remove {run}/results/results.json" in said.replace("\n", " ")) == bool(signs)
         rows, about = read_rows(run / "results.json")
         assert (

@@ -7,7 +7,6 @@ Needs Chromium (Debian: apt-get install chromium; elsewhere set CHROMIUM to the 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -18,6 +17,7 @@ import av
 import gallery_world
 import numpy as np
 import pytest
+from browsers import QUIET, chromium
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -36,29 +36,10 @@ HOSTILE = [
     "a NUL \0 and a bell \x07",
     "line one\nline two",
 ]
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SHOWN = "[...document.querySelectorAll('.card')].filter((c) => !c.hidden).length"
 TIMES = "[...document.querySelectorAll('.card video')].map((v) => v.currentTime)"
 WHERE = "document.getElementById('where').textContent"
 PLAYING = "document.body.dataset.playing"
-
-
-def chromium(asked: str | None, path: str | None) -> str:
-    """The program: the one asked for, else from ``path``. AssertionError that says how to install
-    it."""
-    program = (
-        asked or shutil.which("chromium", path=path) or shutil.which("chromium-browser", path=path)
-    )
-    assert program, "no Chromium: apt-get install -y chromium, or set CHROMIUM to the program"
-    return program
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,199 @@
+// The page of `scd serve`. Text from elsewhere is written by textContent alone.
+"use strict";
+
+const at = (id) => document.getElementById(id);
+const HEAD = 16; // bytes before a frame's JPEG: frame, chunk, microseconds (big-endian)
+const stage = at("picture").getContext("2d");
+const waits = [1, 2, 4, 8]; // seconds before it connects again
+
+let socket = null, ready = null, tries = 0, fileName = "", token = "";
+let playing = false, paused = false, hasPicture = false;
+let clip = 0; // counts the clips of this page: pictures of an earlier one are not shown
+let buffer = []; // frames that wait: {frame, chunk, bitmap (a promise)}
+let ends = new Map(); // chunk -> its last frame
+let due = 0, shownTimes = [];
+
+function message(text) { at("message").textContent = text; }
+function said(text) { at("said").textContent = text; }
+function send(object) { if (socket && socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(object)); }
+
+function takeToken() {
+  // the fragment is never sent to a server; it leaves the address bar, too
+  const given = location.hash.slice(1);
+  if (given) {
+    sessionStorage.setItem("token", given);
+    history.replaceState(null, "", location.pathname);
+  }
+  token = given || sessionStorage.getItem("token") || "";
+}
+
+function connect() {
+  const scheme = location.protocol === "https:" ? "wss:" : "ws:";
+  socket = new WebSocket(`${scheme}//${location.host}/live`);
+  socket.binaryType = "arraybuffer";
+  socket.onopen = () => send({ type: "hello", token });
+  socket.onmessage = (event) => typeof event.data === "string" ? hear(JSON.parse(event.data)) : take(event.data);
+  socket.onclose = (event) => {
+    const wasReady = ready !== null;
+    ready = null;
+    reset();
+    playing = false;
+    hasPicture = false;
+    buttons();
+    const wait = waits[Math.min(tries++, waits.length - 1)];
+    if (event.code === 1013) message("Somebody else is watching. This page tries again by itself.");
+    else if (event.code === 1008 && !wasReady) {
+      message("Refused: open the whole address that the server printed, with its token.");
+      return;
+    } else message("The connection is gone. This page tries again by itself.");
+    setTimeout(connect, (event.code === 1013 ? waits.at(-1) : wait) * 1000);
+  };
+}
+
+function hear(reply) {
+  if (reply.type === "ready") {
+    ready = reply;
+    tries = 0;
+    at("picture").width = reply.width;
+    at("picture").height = reply.height;
+    at("picture").classList.toggle("small", reply.width < 320);
+    at("prompt").maxLength = reply.most_prompt;
+    message("Type a prompt and press Start.");
+    document.body.dataset.ready = "true";
+  } else if (reply.type === "started") {
+    reset();
+    playing = true;
+    message("");
+    said(`seed ${reply.seed}: ${reply.prompt}`);
+  } else if (reply.type === "chunk") {
+    ends.set(reply.chunk, reply.first + reply.frames - 1);
+    at("dit-fps").textContent = reply.dit_fps.toFixed(1);
+    at("vae-fps").textContent = reply.vae_fps.toFixed(1);
+    at("first").textContent = `${reply.first_seconds.toFixed(2)} s`;
+  } else if (reply.type === "switched") {
+    said(`from frame ${reply.frame}: ${reply.prompt}`);
+  } else if (reply.type === "ended") {
+    playing = false;
+    said(`The clip is complete: ${reply.frames} frames.`);
+  } else if (reply.type === "picture") {
+    hasPicture = true;
+    said("The next clip begins with the picture.");
+  } else if (reply.type === "file") {
+    fileName = reply.name;
+  } else if (reply.type === "error") {
+    said(reply.message);
+  }
+  buttons();
+}
+
+function take(data) {
+  if (fileName) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([data], { type: "application/zip" }));
+    link.download = fileName;
+    fileName = "";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+    said("Downloaded: the video and its manifest.");
+    return;
+  }
+  const head = new DataView(data, 0, HEAD);
+  const entry = { frame: head.getUint32(0), chunk: head.getUint32(4), bitmap: null, clip };
+  createImageBitmap(new Blob([new Uint8Array(data, HEAD)], { type: "image/jpeg" })).then((bitmap) => {
+    if (entry.clip === clip) entry.bitmap = bitmap;
+    else bitmap.close();
+  }).catch(() => said(`frame ${entry.frame} could not be decoded`));
+  buffer.push(entry);
+}
+
+function reset() {
+  for (const entry of buffer) if (entry.bitmap) entry.bitmap.close();
+  buffer = [];
+  ends = new Map();
+  clip += 1;
+  due = 0;
+  paused = false;
+}
+
+function show(now) {
+  requestAnimationFrame(show);
+  if (!ready || paused || !buffer.length || !buffer[0].bitmap || now < due) return tell(now);
+  // keep the pace while frames are there; after a wait begin it anew
+  due = Math.max(due, now - 1000 / ready.fps) + 1000 / ready.fps;
+  const entry = buffer.shift();
+  stage.drawImage(entry.bitmap, 0, 0);
+  entry.bitmap.close();
+  shownTimes.push(now);
+  at("frame").textContent = entry.frame;
+  document.body.dataset.frame = entry.frame;
+  if (ends.get(entry.chunk) === entry.frame) {
+    ends.delete(entry.chunk);
+    send({ type: "shown", chunk: entry.chunk });
+  }
+  tell(now);
+}
+
+function tell(now) {
+  while (shownTimes.length && shownTimes[0] < now - 2000) shownTimes.shift();
+  at("ahead").textContent = buffer.length;
+  at("page-fps").textContent = (shownTimes.length / 2).toFixed(1);
+}
+
+function buttons() {
+  at("start").disabled = !ready;
+  at("start").textContent = playing ? "Restart" : "Start";
+  at("change").disabled = at("pause").disabled = !ready || !playing;
+  at("download").disabled = !ready || !playing && at("frame").textContent === "0";
+  at("pause").textContent = paused ? "Go on" : "Pause";
+  at("without").hidden = !hasPicture;
+}
+
+function start() {
+  if (!ready) return;
+  const seed = Math.min(Math.max(Math.trunc(Number(at("seed").value)) || 0, 0), Number.MAX_SAFE_INTEGER);
+  at("seed").value = seed;
+  if (!playing) message("Making the first frame ..");
+  send({ type: "start", prompt: at("prompt").value, seed, picture: hasPicture });
+}
+
+function change() {
+  if (playing) send({ type: "prompt", prompt: at("prompt").value });
+  else start();
+}
+
+function pause() {
+  if (!playing) return;
+  paused = !paused;
+  send({ type: "pause", on: paused });
+  buttons();
+}
+
+async function upload() {
+  const file = at("file").files[0];
+  if (!file || !ready) return;
+  if (file.size > ready.most_picture) {
+    said(`The picture is larger than ${ready.most_picture} bytes; choose a smaller one.`);
+    return;
+  }
+  hasPicture = false;
+  socket.send(await file.arrayBuffer());
+}
+
+at("controls").addEventListener("submit", (event) => { event.preventDefault(); change(); });
+at("start").addEventListener("click", start);
+at("pause").addEventListener("click", pause);
+at("download").addEventListener("click", () => { said("Making the file .."); send({ type: "download" }); });
+at("file").addEventListener("change", upload);
+at("without").addEventListener("click", () => { hasPicture = false; at("file").value = ""; buttons(); });
+at("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); change(); }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.target.matches("textarea, input, button") || event.ctrlKey || event.metaKey || event.altKey) return;
+  const action = { " ": pause, r: start, "/": () => at("prompt").focus(), f: () => at("stage").requestFullscreen() }[event.key.toLowerCase()];
+  if (action) { event.preventDefault(); action(); }
+});
+
+takeToken();
+connect();
+requestAnimationFrame(show);

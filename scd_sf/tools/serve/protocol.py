@@ -1,0 +1,176 @@
+"""What page and server say to each other over one WebSocket.
+
+Both send JSON objects with a ``type``; the page's are read strictly (unknown types and fields are
+refused). A binary message of the page is a start picture. A binary message of the server is a
+frame, 16 bytes (:data:`HEADER`) and a JPEG; or, right after the JSON message ``file``, a file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from scd_sf.types import UserError
+
+# Frame of its clip from 0, chunk of its connection from 1, microseconds from the clip's beginning
+# to the time at which the frame is shown.
+HEADER = struct.Struct(">IIQ")
+MOST_TEXT = 16 * 1024  # bytes of a JSON message
+MOST_PICTURE = 8 * 2**20  # bytes of a start picture; larger messages are refused unread
+MOST_PROMPT = 2000  # characters
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+PICTURE_PIXELS = 2**24
+
+Prompt = Annotated[str, Meta(max_length=MOST_PROMPT)]
+Seed = Annotated[int, Meta(ge=0, lt=2**53)]  # whole numbers that JavaScript has
+Count = Annotated[int, Meta(ge=0, lt=2**32)]
+
+
+# ------------------------------------------------------------------------------- from the page
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
+    """The first message of every connection. ``token``: empty where none is asked for."""
+
+    token: Annotated[str, Meta(max_length=256)] = ""
+
+
+class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"):
+    """A new clip, instead of the one that plays. ``picture``: begin with the last start picture."""
+
+    prompt: Prompt
+    seed: Seed
+    picture: bool = False
+
+
+class ChangePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="prompt"):
+    """Another prompt from the next chunk on; the history is kept."""
+
+    prompt: Prompt
+
+
+class Pause(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pause"):
+    """Make no further chunk, or go on."""
+
+    on: bool
+
+
+class Shown(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shown"):
+    """All chunks up to this one were shown: credit for more."""
+
+    chunk: Count
+
+
+class Download(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="download"):
+    """The kept frames as an mp4 with its manifest, please."""
+
+
+Request = Hello | Start | ChangePrompt | Pause | Shown | Download
+_reader = msgspec.json.Decoder(Request)
+
+
+def read_request(text: str) -> Request:
+    """A message of the page. UserError: too long, malformed, or nothing that a page says."""
+    if len(text.encode("utf-8", "surrogatepass")) > MOST_TEXT:
+        raise UserError(f"a message is longer than {MOST_TEXT} bytes")
+    try:
+        request: Request = _reader.decode(text)
+        # "\ud800" is JSON, and no text: tokenizers cannot take it
+        for value in (getattr(request, name) for name in request.__struct_fields__):
+            if isinstance(value, str):
+                value.encode()
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise UserError(f"a message was not understood: {str(error)[:200]}") from error
+    return request
+
+
+# ------------------------------------------------------------------------------- from the server
+
+
+class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
+    """The seat is the page's. ``seconds``: of the last frames that can be downloaded."""
+
+    fps: int
+    width: int
+    height: int
+    seconds: float
+    ahead: int
+    most_prompt: int = MOST_PROMPT
+    most_picture: int = MOST_PICTURE
+
+
+class Busy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="busy"):
+    """Somebody else watches; the connection is closed."""
+
+
+class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="started"):
+    """A clip begins: what is left of the one before is void, and needs no ``shown``."""
+
+    seed: int
+    prompt: str
+
+
+class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk"):
+    """Comes before the ``frames`` frames of a chunk, of which ``first`` is the first. Figures: pixel
+    frames per second of the DiT and of the VAE with the JPEGs, each while it works, over the last
+    chunks; seconds from the request to the clip's first chunk."""
+
+    chunk: int
+    first: int
+    frames: int
+    dit_fps: float
+    vae_fps: float
+    first_seconds: float
+
+
+class Switched(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="switched"):
+    """The prompt holds from this frame on; the past is what it was (``history``)."""
+
+    frame: int
+    prompt: str
+    history: str = "keep"
+
+
+class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ended"):
+    """The clip has as many frames as the server makes of one."""
+
+    frames: int
+
+
+class PictureRead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="picture"):
+    """A start picture was read, of this size."""
+
+    width: int
+    height: int
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="file"):
+    """The next binary message is this file."""
+
+    name: str
+    bytes: int
+
+
+class Error(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="error"):
+    """A request was refused."""
+
+    message: str
+
+
+Reply = Ready | Busy | Started | Chunk | Switched | Ended | PictureRead | File | Error
+# Hands a message over, with the binary ones that belong to it, from any thread.
+Say = Callable[[Reply, Sequence[bytes]], None]
+
+
+def text_of(reply: Reply) -> str:
+    """JSON."""
+    return msgspec.json.encode(reply).decode()
+
+
+def frame_of(frame: int, chunk: int, fps: int, jpeg: bytes) -> bytes:
+    """A frame as it is sent."""
+    return HEADER.pack(frame, chunk, frame * 1_000_000 // fps) + jpeg

@@ -1,0 +1,142 @@
+"""Who may talk to the server: the names it answers to, its token, and how often.
+
+A page of another site can open WebSockets to this machine (they are outside the browsers' same-origin
+policy), and a name of another site can be made to point here (DNS rebinding). So ``Host`` must be
+a name of this server, and ``Origin`` the page of that name.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import secrets
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from scd_sf.types import UserError
+
+SHORTEST_TOKEN = 16  # characters
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address or name that a server listens on."""
+    if host == "localhost":
+        return True
+    address = _address(host)
+    return address is not None and address.is_loopback
+
+
+def choose_token(host: str, wanted: str) -> str:
+    """The token of a server on ``host``: the one of the environment, a random one where others can
+    reach the server, else none. UserError: too short."""
+    if wanted and len(wanted) < SHORTEST_TOKEN:
+        raise UserError(
+            f"SCD_SERVE_TOKEN has {len(wanted)} characters; give at least {SHORTEST_TOKEN} random ones"
+        )
+    return wanted or ("" if is_loopback(host) else secrets.token_urlsafe(24))
+
+
+def is_token(said: str, token: str) -> bool:
+    """Compared in a time that does not depend on how much of it is right."""
+    return hmac.compare_digest(said.encode(), token.encode())
+
+
+@dataclass(frozen=True)
+class Names:
+    """What ``Host`` may say: ``host`` and ``names``, with the port (none: 80 or 443, of a proxy).
+    A server on all addresses also answers to every address and to the machine's own name: an
+    address cannot be rebound."""
+
+    host: str
+    port: int
+    names: Sequence[str] = ()
+
+    def has(self, said: str) -> bool:
+        """Whether a ``Host`` header is one of the server."""
+        if said in self.names:
+            return True
+        name, _, port = said.rpartition(":")
+        if port != str(self.port):
+            return False
+        name = name.removeprefix("[").removesuffix("]").lower()
+        listens = _address(self.host)
+        if listens is not None and listens.is_unspecified:
+            return _address(name) is not None or name in ("localhost", socket.gethostname().lower())
+        return name == self.host or (
+            is_loopback(self.host) and name in ("localhost", "127.0.0.1", "::1")
+        )
+
+    def is_own_page(self, origin: str, host: str) -> bool:
+        """Whether ``Origin`` is the page that ``Host`` serves."""
+        return origin in (f"http://{host}", f"https://{host}")
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Refuses what comes by a foreign name or from a foreign page, before ``app`` sees it, and adds
+    :data:`HEADERS` to what ``app`` answers."""
+
+    app: ASGIApp
+    names: Names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        hosts = Headers(scope=scope).getlist("host")
+        origins = Headers(scope=scope).getlist("origin")
+        is_own = len(hosts) == 1 and self.names.has(hosts[0])
+        is_own_page = is_own and all(self.names.is_own_page(origin, hosts[0]) for origin in origins)
+        needs_origin = scope["type"] == "websocket"
+        if not is_own_page or (needs_origin and len(origins) != 1):
+            if scope["type"] == "websocket":
+                await receive()
+                await send({"type": "websocket.close", "code": 1008})  # an HTTP 403
+            else:
+                refusal = PlainTextResponse("this server has another name", 421, headers=HEADERS)
+                await refusal(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+class Rate:
+    """A bucket of ``burst`` permits that gets ``per_second`` more."""
+
+    def __init__(
+        self, per_second: float, burst: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._per_second, self._burst, self._clock = per_second, burst, clock
+        self._permits, self._at = burst, clock()
+
+    def allows(self) -> bool:
+        """Takes a permit, if there is one."""
+        now = self._clock()
+        self._permits = min(self._burst, self._permits + (now - self._at) * self._per_second)
+        self._at = now
+        if self._permits < 1:
+            return False
+        self._permits -= 1
+        return True

@@ -1,0 +1,425 @@
+"""The server: a page, and a WebSocket per viewer (starlette on uvicorn, one process)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from torch import Tensor
+
+from scd_sf.checkpoint import find, weights_sha256
+from scd_sf.data.start import picture_of, picture_pixels
+from scd_sf.files import Json, foreign
+from scd_sf.generation.sampling import SampleConfig, open_generator
+from scd_sf.tools.serve.generator import AHEAD, ClipMaker, ClipRequest, Generator, Seat
+from scd_sf.tools.serve.protocol import (
+    MOST_PICTURE,
+    PICTURE_FORMATS,
+    PICTURE_PIXELS,
+    Busy,
+    ChangePrompt,
+    Chunk,
+    Download,
+    Error,
+    File,
+    Hello,
+    Pause,
+    PictureRead,
+    Ready,
+    Reply,
+    Request,
+    Shown,
+    Start,
+    Started,
+    read_request,
+    text_of,
+)
+from scd_sf.tools.serve.recording import as_zip
+from scd_sf.tools.serve.safety import HEADERS, Guard, Names, Rate, choose_token, is_token
+from scd_sf.types import LARGEST, UserError, check_within, device_of, say
+
+PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
+PAGE |= {"/page.js": ("page.js", "text/javascript")}
+HELLO_SECONDS = 10.0  # in which a connection has to say hello
+PER_SECOND, BURST = 40.0, 80.0  # messages of a page
+MOST_WAITING = 64  # things that wait to be sent; a page that takes none of them is cut off
+MOST_CONNECTIONS = 64
+BUSY, REFUSED = 1013, 1008  # WebSocket close codes: try again later; policy
+
+
+@dataclass
+class ServeConfig:
+    """What is served, and how. Sizes of 0 are the trained ones."""
+
+    checkpoint: str
+    """A run directory, a step_N of it, or an exported file."""
+    base: str = ""
+    """Its Wan directory; empty: as in the checkpoint."""
+    decoder: str = ""
+    """A tiny decoder instead of the VAE's own; empty: the VAE's."""
+    weights: str = "ema"
+    """ema, model or best."""
+    frames: int = 0
+    """Pixel frames of a training clip."""
+    height: int = 0
+    """Pixels."""
+    width: int = 0
+    """Pixels."""
+    window: int = 0
+    """Latent frames of history; 0: what a training clip has, less the sink."""
+    sink: int = -1
+    """First latent frames that stay; -1: one chunk."""
+    dtype: str = "fp32"
+    """fp32, bf16 or fp16; the VAE computes in fp32."""
+    fps: int = 16
+    """Frames per second of the page and the download."""
+    seconds: float = 0
+    """Longest clip; 0: as long as positions go."""
+    keep: float = 30
+    """Seconds that can be downloaded."""
+    quality: int = 90
+    """Of the JPEGs."""
+    crf: int = 16
+    """Of the download."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """0: a free one."""
+    names: tuple[str, ...] = ()
+    """Further names of the server, as ``Host`` says them."""
+
+    def __post_init__(self) -> None:
+        check_within(self, {"seconds": (0, 1e9), "keep": (1, 3600), "quality": (1, 95)})
+        check_within(self, {"port": (0, 65535), "sink": (-1, 1e6)})
+
+
+def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
+    """Load everything; also what a downloaded clip's manifest says of it. UserError as
+    :func:`~scd_sf.generation.sampling.open_generator`."""
+    path = Path(cfg.checkpoint)
+    path = path if path.is_file() else find(path, cfg.weights)
+    sample = SampleConfig(
+        cfg.checkpoint,
+        "",
+        base=cfg.base,
+        decoder=cfg.decoder,
+        weights=cfg.weights,
+        frames=cfg.frames,
+        height=cfg.height,
+        width=cfg.width,
+        dtype=cfg.dtype,
+        fps=cfg.fps,
+        crf=cfg.crf,
+        text_cache="off",  # a cache would grow with every prompt
+    )
+    device = device_of("")
+    parts, settings = open_generator(sample, device, path)
+    chunk, trained = parts.student.chunk, parts.shape.frames
+    sink = chunk if cfg.sink < 0 else cfg.sink
+    window = cfg.window or max(chunk, trained - sink)
+    most = LARGEST["frames"]
+    if cfg.seconds:
+        most = min(most, 1 + int(cfg.seconds * cfg.fps - 1) // parts.shape.temporal)
+    maker = ClipMaker(
+        parts.student,
+        parts.sampler,
+        parts.vae,
+        parts.decoder or parts.vae,
+        parts.text,
+        replace(parts.shape, frames=max(chunk, most // chunk * chunk)),
+        device,
+        window,
+        sink,
+        cfg.fps,
+        round(cfg.keep * cfg.fps),
+        cfg.quality,
+    )
+    known = (
+        "weights",
+        "dtype",
+        "sampler",
+        "fps",
+        "crf",
+        "decoder_sha256",
+    )  # paths are nobody's business
+    record: Json = {name: settings[name] for name in known if name in settings}
+    record |= {
+        "checkpoint": path.name,
+        "checkpoint_sha256": weights_sha256(path, cfg.weights),
+        "window": [window, sink],
+        "size": [parts.shape.pixel_height, parts.shape.pixel_width],
+    }
+    return maker, record
+
+
+class Outbox:
+    """What waits to be sent to one page, in order. :meth:`put` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[tuple[Reply, Sequence[bytes]]] = deque()
+        self._filled = asyncio.Event()
+        self._is_over = False
+
+    def put(self, reply: Reply, binary: Sequence[bytes] = ()) -> None:
+        """``binary`` is sent right after ``reply``. Where a clip begins, chunks of the one before
+        that were not sent yet are dropped."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._put, reply, binary)
+
+    def _put(self, reply: Reply, binary: Sequence[bytes]) -> None:
+        if isinstance(reply, Started):
+            self._waiting = deque(old for old in self._waiting if not isinstance(old[0], Chunk))
+        self._waiting.append((reply, binary))
+        self._is_over = self._is_over or len(self._waiting) > MOST_WAITING
+        self._filled.set()
+
+    async def next(self) -> tuple[Reply, Sequence[bytes]] | None:
+        """The next message; None where the page leaves too much untaken."""
+        while not self._waiting and not self._is_over:
+            self._filled.clear()
+            await self._filled.wait()
+        return None if self._is_over else self._waiting.popleft()
+
+
+class Viewer:
+    """One page that has the seat: what it says, and what it gets."""
+
+    def __init__(self, service: Service, page: WebSocket, seat: Seat, outbox: Outbox) -> None:
+        self._service, self._page, self._seat, self._outbox = service, page, seat, outbox
+        self._picture: Tensor | None = None
+        self._picture_sha256 = ""
+        self._download: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Until the page is gone, breaks a rule or takes nothing any more."""
+        maker = self._service.generator.maker
+        shape, fps = maker.shape, maker.fps
+        self._say(Ready(fps, shape.pixel_width, shape.pixel_height, maker.kept_frames / fps, AHEAD))
+        tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._listen())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (*tasks, self._download):
+                if task is not None:
+                    task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        await self._page.close(REFUSED)
+
+    def _say(self, reply: Reply) -> None:
+        self._outbox.put(reply)
+
+    async def _send(self) -> None:
+        """Until the page leaves too much untaken."""
+        while (message := await self._outbox.next()) is not None:
+            await self._page.send_text(text_of(message[0]))
+            for part in message[1]:
+                await self._page.send_bytes(part)
+
+    async def _listen(self) -> None:
+        """Until the page says too much at a time. WebSocketDisconnect: it is gone."""
+        rate = Rate(PER_SECOND, BURST)
+        while True:
+            message = await self._page.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code", 1006))
+            if not rate.allows():
+                return
+            try:
+                if (data := message.get("bytes")) is not None:
+                    await self._take_picture(data)
+                else:
+                    self._obey(read_request(message["text"]))
+            except UserError as error:
+                self._say(Error(str(error)))
+
+    async def _take_picture(self, data: bytes) -> None:
+        """The picture that the next clips may begin with. UserError: none that can be read."""
+        if len(data) > MOST_PICTURE:
+            raise UserError(f"the picture has more than {MOST_PICTURE} bytes; make it smaller")
+        self._picture = None
+        shape = self._service.generator.maker.shape
+        size = (shape.pixel_height, shape.pixel_width)
+        self._picture = await asyncio.to_thread(start_picture, data, size)
+        self._picture_sha256 = hashlib.sha256(data).hexdigest()
+        self._say(PictureRead(size[1], size[0]))
+
+    def _obey(self, request: Request) -> None:
+        generator, seat = self._service.generator, self._seat
+        match request:
+            case Start():
+                if request.picture and self._picture is None:
+                    raise UserError("there is no start picture; choose one, or start without")
+                picture = self._picture if request.picture else None
+                sha256 = self._picture_sha256 if request.picture else ""
+                generator.play(seat, ClipRequest(request, picture, sha256, time.monotonic()))
+            case ChangePrompt():
+                generator.change_prompt(seat, request.prompt)
+            case Pause():
+                generator.pause(seat, request.on)
+            case Shown():
+                generator.shown(seat, request.chunk)
+            case Download():
+                if self._download is not None and not self._download.done():
+                    raise UserError("a download is being made; wait for it")
+                self._download = asyncio.create_task(self._make_download())
+            case Hello():
+                raise UserError("hello was said already")
+
+    async def _make_download(self) -> None:
+        try:
+            clip, kept = self._service.generator.kept(self._seat)
+            record = {
+                "prompt": clip.start.prompt,
+                "seed": clip.start.seed,
+                "picture_sha256": clip.picture_sha256,
+                "settings": self._service.record,
+            }
+            fps, crf = self._service.generator.maker.fps, self._service.crf
+            data = await asyncio.to_thread(as_zip, kept, fps, crf, record)
+        except UserError as error:
+            self._say(Error(str(error)))
+            return
+        self._outbox.put(File(f"scd-live-{clip.start.seed}.zip", len(data)), [data])
+
+
+def start_picture(data: bytes, size: tuple[int, int]) -> Tensor:
+    """(3, *size) in [0, 1] of an uploaded picture, cropped and resized. UserError: no picture of
+    the formats that are read, or too large."""
+    where = "the picture"
+    with foreign(f"{where} cannot be read", "use a png, jpg or webp"):
+        pixels = picture_of(io.BytesIO(data), where, PICTURE_PIXELS, PICTURE_FORMATS)
+    return picture_pixels(pixels, size, where)
+
+
+class Service:
+    """What all connections share: the generator, the manifest's record and the token."""
+
+    def __init__(
+        self, generator: Generator, record: Mapping[str, object], token: str, crf: int = 16
+    ) -> None:
+        self.generator, self.record, self.crf = generator, record, crf
+        self._token = token
+
+    def app(self, names: Names) -> ASGIApp:
+        """The page and the WebSocket, for those who come by one of ``names``."""
+        routes = [Route(path, page_file) for path in PAGE]
+        app = Starlette(routes=[*routes, WebSocketRoute("/live", self._live)])
+        return Guard(app, names)
+
+    async def _live(self, page: WebSocket) -> None:
+        await page.accept()
+        try:
+            await self._welcome(page)
+        except WebSocketDisconnect:
+            return
+
+    async def _welcome(self, page: WebSocket) -> None:
+        """One connection from its hello to its end."""
+        if not await self._may_enter(page):
+            await page.close(REFUSED)
+            return
+        outbox = Outbox()
+        seat = self.generator.seat(outbox.put)
+        if seat is None:
+            await page.send_text(text_of(Busy()))
+            await page.close(BUSY)
+            return
+        try:
+            await Viewer(self, page, seat, outbox).serve()
+        finally:
+            self.generator.leave(seat)
+
+    async def _may_enter(self, page: WebSocket) -> bool:
+        """Whether the page says hello in time, with the token."""
+        try:
+            text = await asyncio.wait_for(page.receive_text(), HELLO_SECONDS)
+            hello = read_request(text)
+        except (TimeoutError, KeyError, UserError):
+            return False
+        return isinstance(hello, Hello) and (not self._token or is_token(hello.token, self._token))
+
+
+async def page_file(request: HttpRequest) -> Response:
+    """A file of the page."""
+    name, kind = PAGE[request.url.path]
+    content = (resources.files("scd_sf.tools.serve") / "page" / name).read_bytes()
+    return Response(content, media_type=kind, headers=HEADERS)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. UserError: it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+        server.listen(64)
+    except OSError as error:
+        server.close()
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror}; give another --port, or an address of this machine"
+        ) from error
+    return server
+
+
+def web_server(app: ASGIApp) -> uvicorn.Server:
+    """uvicorn without a log of requests, with limits on messages and connections."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            ws="websockets-sansio",
+            ws_max_size=MOST_PICTURE + 1024,
+            ws_ping_interval=5,
+            ws_ping_timeout=10,
+            ws_per_message_deflate=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=2,
+        )
+    )
+
+
+def run_server(cfg: ServeConfig) -> None:
+    """Until Ctrl-C. UserError: what cannot be loaded or listened on."""
+    token = choose_token(cfg.host, os.environ.get("SCD_SERVE_TOKEN", ""))
+    listener = listen(cfg.host, cfg.port)
+    with listener:
+        port = listener.getsockname()[1]
+        maker, record = open_maker(cfg)
+        generator = Generator(maker, lambda: setattr(server, "should_exit", True))
+        service = Service(generator, record, token, cfg.crf)
+        server = web_server(service.app(Names(cfg.host, port, cfg.names)))
+        generator.start()
+        is_own = token and not os.environ.get("SCD_SERVE_TOKEN")
+        shown_host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+        say(f"open http://{shown_host}:{port}/{f'#{token}' if is_own else ''}  (Ctrl-C ends it)")
+        try:
+            server.run(sockets=[listener])
+        finally:
+            generator.stop()
+        if generator.failure is not None:
+            raise RuntimeError("the generator failed") from generator.failure

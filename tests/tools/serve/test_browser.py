@@ -1,0 +1,160 @@
+"""The page of ``scd serve`` in a real headless Chromium: it shows every frame in order, tells the
+prompt that it switches to, survives a cut, and runs nothing foreign.
+
+Needs Chromium (Debian: apt-get install chromium; elsewhere set CHROMIUM to the program).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import serve_world
+from browsers import QUIET, chromium
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+from serve_world import TOKEN, Live, Talk
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
+HOSTILE = "</p><img src=x onerror='window.hit = 1'><script>window.hit = 1</script>"
+SAID = "document.getElementById('said').textContent"
+MESSAGE = "document.getElementById('message').textContent"
+FRAME = "Number(document.body.dataset.frame)"
+WATCH = """
+  window.frames_shown = [];
+  new MutationObserver(() => window.frames_shown.push(Number(document.body.dataset.frame)))
+    .observe(document, { attributes: true, subtree: true, attributeFilter: ["data-frame"] });
+"""
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with serve_world.live(tmp_path_factory.mktemp("live")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = chromium(os.environ.get("CHROMIUM"), os.environ.get("PATH"))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, headless=True, args=QUIET)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page of the server with all that it complained about or asked for."""
+
+    def __init__(self, browser: Browser, url: str, width: int = 1200, height: int = 900) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": height})
+        self.page: Page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.add_init_script(WATCH)
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(url)
+
+    def until(self, script: str, seconds: float = 60.0) -> None:
+        """Asked again and again: the page's policy forbids the eval of Playwright's own waiting."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(script):
+            assert time.monotonic() < end, f"never became true: {script}; {self.complaints}"
+            self.page.wait_for_timeout(30)
+
+    def ask(self, script: str) -> Any:
+        return self.page.evaluate(script)
+
+
+def test_the_page_plays_what_is_made(live: Live, browser: Browser, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{live.port}/"
+    visit = Visit(browser, url)
+    page = visit.page
+    visit.until("document.body.dataset.ready === 'true'")
+    page.locator("#prompt").fill(HOSTILE)
+    page.keyboard.press("Enter")
+    visit.until(f"{FRAME} >= 20")
+    assert visit.ask(SAID) == f"seed 0: {HOSTILE}" and visit.ask("window.hit") is None
+    page.locator("#prompt").fill("right in hall")
+    page.keyboard.press("Enter")
+    visit.until(f"{SAID}.startsWith('from frame ')")
+    switch = int(visit.ask(SAID).split()[2].rstrip(":"))
+    assert switch > 20 and (switch - 1) % 4 == 0
+    visit.until(f"{FRAME} >= {switch + 8}")
+    page.locator("h1, #figures").first.click()
+    page.keyboard.press("Space")
+    visit.until("document.getElementById('pause').textContent === 'Go on'")
+    page.wait_for_timeout(300)
+    shown = visit.ask("window.frames_shown")
+    assert len(shown) > 20 and shown == list(range(len(shown))), "every frame, in order, once"
+    page.wait_for_timeout(300)
+    assert visit.ask("window.frames_shown.length") == len(shown), "paused"
+    picture = Image.open(io.BytesIO(page.locator("#picture").screenshot())).convert("RGB")
+    assert np.asarray(picture).std() > 1, "a picture is on the canvas"
+    assert all(
+        visit.ask(f"Number.parseFloat(document.getElementById('{name}').textContent)") > 0
+        for name in ("dit-fps", "vae-fps", "first")
+    )
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    download.value.save_as(tmp_path / "live.zip")
+    assert download.value.suggested_filename == "scd-live-0.zip"
+    assert (tmp_path / "live.zip").stat().st_size > 500
+    start = tmp_path / "start.png"
+    Image.new("RGB", (64, 64), (250, 10, 10)).save(start)
+    page.locator("#file").set_input_files(start)
+    visit.until(f"{SAID}.includes('begins with the picture')")
+    visit.ask("window.frames_shown.length = 0")
+    page.locator("#seed").fill("5")
+    page.locator("#start").click()
+    visit.until(f"{SAID} === 'seed 5: right in hall'")
+    visit.until("window.frames_shown.length > 8")
+    shown = visit.ask("window.frames_shown")
+    assert shown[:9] == list(range(9))
+    own = (url, url.replace("http", "ws"), "blob:", "data:")
+    assert visit.complaints == [] and [u for u in visit.requests if not u.startswith(own)] == []
+    visit.context.close()
+
+
+def test_busy_a_cut_and_a_phone(live: Live, browser: Browser) -> None:
+    """A page that finds the seat taken says so and gets it later; one whose connection is cut plays
+    again; at phone size nothing is wider than the screen."""
+    url = f"http://127.0.0.1:{live.port}/"
+    end = time.monotonic() + 30
+    while (other := Talk(live.port)).hear() == {"type": "busy"}:
+        assert time.monotonic() < end
+    visit = Visit(browser, url, 390, 844)
+    visit.until(f"{MESSAGE}.startsWith('Somebody else')")
+    assert visit.ask("document.documentElement.scrollWidth <= window.innerWidth")
+    other.socket.close()
+    visit.until("document.body.dataset.ready === 'true'")
+    visit.page.locator("#start").click()
+    visit.until(f"{FRAME} >= 4")
+    visit.ask("socket.close()")
+    visit.until(f"{MESSAGE}.startsWith('The connection is gone')")
+    visit.until(f"{MESSAGE}.startsWith('Type a prompt')")
+    visit.ask("window.frames_shown.length = 0")
+    visit.page.locator("#start").click()
+    visit.until("window.frames_shown.length > 4 && window.frames_shown[0] === 0")
+    visit.context.close()
+
+
+def test_the_token_is_taken_from_the_fragment(live: Live, browser: Browser) -> None:
+    url = f"http://127.0.0.1:{live.token_port}/"
+    without = Visit(browser, url)
+    without.until(f"{MESSAGE}.startsWith('Refused')")
+    without.context.close()
+    visit = Visit(browser, f"{url}#{TOKEN}")
+    visit.until("document.body.dataset.ready === 'true'", 30)
+    assert visit.page.url == url
+    visit.page.reload()
+    visit.until("document.body.dataset.ready === 'true'", 30)
+    assert [u for u in visit.requests if TOKEN in u.split("#")[0]] == []
+    visit.context.close()

@@ -1,0 +1,391 @@
+"""``scd serve`` over real sockets: what is sent is what generate() makes, credit, switches, and
+who is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import socket
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import serve_world
+import torch
+from PIL import Image
+from serve_world import HOST, KEPT, TOKEN, Live, Talk
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from scd_sf.cli import serve
+from scd_sf.data.clips import read_video
+from scd_sf.generation.generate import as_uint8, generate
+from scd_sf.tools.serve.generator import AHEAD, ClipRequest, Generator, jpeg
+from scd_sf.tools.serve.protocol import MOST_PICTURE, Reply, Start
+from scd_sf.tools.serve.recording import Recording
+from scd_sf.tools.serve.safety import Names, Rate, choose_token
+from scd_sf.tools.serve.server import ServeConfig, start_picture
+from scd_sf.types import UserError
+
+MEADOW, HALL = "left in meadow", "right in hall"
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with serve_world.live(tmp_path_factory.mktemp("live")) as running:
+        yield running
+
+
+def made(live: Live, frames: int, prompt: str, seed: int, **options: Any) -> list[bytes]:
+    """JPEGs of the first latent ``frames`` of generate()."""
+    maker = live.maker
+    changes = {at: maker.encode(text) for at, text in options.pop("changes", {}).items()}
+    parts = generate(
+        maker.student,
+        maker.vae,
+        maker.encode(prompt),
+        [seed],
+        replace(maker.shape, frames=frames),
+        maker.sampler,
+        window=maker.window,
+        sink=maker.sink,
+        changes=changes,
+        **options,
+    )
+    return [jpeg(picture, maker.quality) for part in parts for picture in as_uint8(part[0])]
+
+
+def seated(live: Live) -> Talk:
+    """A page with the seat, which the page before may still be leaving."""
+    end = time.monotonic() + 30
+    while True:
+        page = Talk(live.port)
+        message = page.hear()
+        assert isinstance(message, dict)
+        if message["type"] == "ready":
+            return page
+        assert message["type"] == "busy" and time.monotonic() < end
+        page.socket.close()
+        time.sleep(0.02)
+
+
+def play(page: Talk, chunks: int) -> list[bytes]:
+    """JPEGs of the next chunks, each shown at once; other messages may not come."""
+    jpegs = []
+    for _ in range(chunks):
+        head, frames = page.chunk()
+        jpegs += [data for _, data in frames]
+        page.say(type="shown", chunk=head["chunk"])
+    return jpegs
+
+
+def test_what_is_sent_is_what_generate_makes(live: Live) -> None:
+    """Numbers, times, bytes; past the window; another prompt from the frame that was promised on;
+    then a restart, whose chunks are counted on."""
+    with seated(live) as page:
+        page.say(type="start", prompt=MEADOW, seed=7)
+        assert page.expect("started") == {"type": "started", "seed": 7, "prompt": MEADOW}
+        jpegs: list[bytes] = []
+        for number in range(1, 7):
+            head, frames = page.chunk()
+            assert head["chunk"] == number and head["first"] == len(jpegs)
+            for place, (numbers, data) in enumerate(frames):
+                frame = head["first"] + place
+                assert numbers == (frame, number, frame * 1_000_000 // 16)
+                jpegs.append(data)
+            assert head["dit_fps"] > 0 and head["vae_fps"] > 0 and head["first_seconds"] > 0
+            if number <= 4:
+                page.say(type="shown", chunk=number)
+        page.say(type="prompt", prompt=HALL)  # chunk 7 waits for credit
+        page.say(type="shown", chunk=6)
+        switch = None
+        while len(jpegs) < 1 + 4 * 8:
+            message = page.hear()
+            if isinstance(message, bytes):
+                jpegs.append(message[16:])
+            elif message["type"] == "switched":
+                switch = message
+                assert message["frame"] == len(jpegs), "told between the last and the first frame"
+            else:
+                page.say(type="shown", chunk=message["chunk"])
+        assert switch is not None and switch["prompt"] == HALL and switch["history"] == "keep"
+        assert switch["frame"] == 1 + 4 * 5
+        assert jpegs == made(live, 9, MEADOW, 7, changes={switch["frame"]: HALL})
+        assert jpegs != made(live, 9, MEADOW, 7)
+        page.say(type="start", prompt=HALL, seed=8)
+        while not (isinstance(message := page.hear(), dict) and message["type"] == "started"):
+            pass
+        head, frames = page.chunk()
+        assert head["first"] == 0 and head["chunk"] > 9
+        assert [data for _, data in frames] == made(live, 1, HALL, 8)
+
+
+def test_credit_and_pause_stop_the_generator(live: Live) -> None:
+    with seated(live) as page:
+        page.say(type="start", prompt=MEADOW, seed=0)
+        page.expect("started")
+        for _ in range(AHEAD):
+            page.chunk()
+        with pytest.raises(TimeoutError):
+            page.hear(0.5)
+        page.say(type="shown", chunk=1)
+        assert page.chunk()[0]["chunk"] == AHEAD + 1
+        with pytest.raises(TimeoutError):
+            page.hear(0.5)
+        page.say(type="shown", chunk=99)
+        assert "not made yet" in page.expect("error")["message"]
+        page.say(type="pause", on=True)
+        page.say(type="shown", chunk=3)
+        with pytest.raises(TimeoutError):
+            page.hear(0.5)
+        page.say(type="pause", on=False)
+        assert [page.chunk()[0]["chunk"] for _ in range(AHEAD)] == [4, 5]
+
+
+def test_a_start_picture(live: Live) -> None:
+    file = io.BytesIO()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)).save(file, "PNG")
+    with seated(live) as page:
+        page.say(type="start", prompt=MEADOW, seed=1, picture=True)
+        assert "no start picture" in page.expect("error")["message"]
+        page.socket.send(file.getvalue())
+        assert page.expect("picture") == {"type": "picture", "width": 32, "height": 32}
+        page.say(type="start", prompt=MEADOW, seed=1, picture=True)
+        page.expect("started")
+        start = start_picture(file.getvalue(), (32, 32))
+        assert play(page, 3) == made(live, 3, MEADOW, 1, start=start[None, None])
+
+
+def test_the_download(live: Live, tmp_path: Path) -> None:
+    """The last frames, whole chunks, and a manifest without a path of the server."""
+    with seated(live) as page:
+        page.say(type="download")
+        assert "nothing has been made" in page.expect("error")["message"]
+        page.say(type="start", prompt=MEADOW, seed=3)
+        page.expect("started")
+        play(page, 9)
+        page.say(type="pause", on=True)
+        page.say(type="download")
+        while (message := page.hear()) and not (
+            isinstance(message, dict) and message["type"] == "file"
+        ):
+            pass
+        data = page.hear()
+        assert isinstance(data, bytes) and len(data) == message["bytes"]
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    assert archive.namelist() == ["video.mp4", "manifest.json"]
+    manifest = json.loads(archive.read("manifest.json"))
+    assert manifest["sha256"] == hashlib.sha256(archive.read("video.mp4")).hexdigest()
+    assert KEPT <= manifest["frames"] < KEPT + 4 and manifest["first_frame"] % 4 == 1
+    assert (manifest["prompt"], manifest["seed"], manifest["then"]) == (MEADOW, 3, [])
+    assert "/" not in archive.read("manifest.json").decode()
+    (tmp_path / "video.mp4").write_bytes(archive.read("video.mp4"))
+    video = read_video(tmp_path / "video.mp4").float()
+    first, count = manifest["first_frame"], manifest["frames"]
+    expected = [Image.open(io.BytesIO(data)) for data in made(live, 12, MEADOW, 3)]
+    pictures = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in expected])
+    pictures = pictures[first : first + count].float()
+    assert video.shape == pictures.shape
+    assert float((video - pictures).abs().mean()) < 12  # two lossy codecs
+    assert float((video - pictures.flip(0)).abs().mean()) > 0  # not a comparison of constants
+
+
+BAD_TEXTS = [
+    "",
+    "nonsense",
+    "[]",
+    "[" * 10_000,
+    '{"type": "start"}',
+    '{"type": "start", "prompt": "a", "seed": -1}',
+    '{"type": "start", "prompt": "a", "seed": 1.5}',
+    '{"type": "start", "prompt": "a", "seed": NaN}',
+    '{"type": "start", "prompt": "a", "seed": 99999999999999999999}',
+    '{"type": "start", "prompt": "a", "seed": 1, "path": "/etc/passwd"}',
+    '{"type": "start", "prompt": "\\ud800", "seed": 1}',
+    '{"type": "start", "prompt": "' + "x" * 2001 + '", "seed": 1}',
+    '{"type": "start", "prompt": "' + "x" * 20_000 + '", "seed": 1}',
+    '{"type": "prompt", "prompt": "before a start"}',
+    '{"type": "open", "path": "/etc/passwd"}',
+    '{"type": "shown", "chunk": 4294967296}',
+    '{"type": "hello", "token": ""}',
+]
+
+
+def test_malformed_and_oversized_messages(live: Live) -> None:
+    """Each is answered by an error, and the page goes on; one that is too large to be read ends the
+    connection, and the next page plays."""
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    gif = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(gif, "GIF")
+    pictures = [b"", b"nonsense", bomb.getvalue(), gif.getvalue(), b"\x89PNG\r\n\x1a\n" + bytes(99)]
+    with seated(live) as page:
+        for message in [*BAD_TEXTS, *pictures, bytes(MOST_PICTURE + 1)]:
+            page.socket.send(message)
+            error = page.expect("error")["message"]
+            assert "\n" not in error and len(error) < 400, message[:60]
+        hostile = "</script><img src=x onerror=alert(1)> \0 \u202e {{ 7*7 }} ; rm -rf / `id` $(id)"
+        page.say(type="start", prompt=hostile, seed=2)
+        assert page.expect("started")["prompt"] == hostile
+        play(page, 1)
+        with contextlib.suppress(ConnectionClosed):
+            page.socket.send(bytes(MOST_PICTURE + 10_000))
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                page.hear()
+        # the reason is lost where the rest of the message is still on its way
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
+    with seated(live) as page:
+        page.say(type="start", prompt=MEADOW, seed=2)
+        page.expect("started")
+        assert play(page, 1) == made(live, 1, MEADOW, 2)
+
+
+def test_too_many_messages_end_the_connection(live: Live) -> None:
+    with seated(live) as page:
+        with pytest.raises(ConnectionClosed) as closed:
+            for _ in range(2000):
+                page.say(type="shown", chunk=0)
+            page.hear()
+        # the reason is lost where more is on its way
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1008
+
+
+def test_one_viewer_and_a_cut(live: Live) -> None:
+    """The second is told so. A connection that is cut frees the seat, and the next clip is whole."""
+    first = seated(live)
+    first.say(type="start", prompt=MEADOW, seed=4)
+    first.expect("started")
+    with Talk(live.port) as second:
+        second.expect("busy")
+        with pytest.raises(ConnectionClosed) as closed:
+            second.hear()
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+    play(first, 2)
+    first.socket.socket.shutdown(socket.SHUT_RDWR)  # no goodbye
+    with seated(live) as page:
+        page.say(type="start", prompt=HALL, seed=5)
+        page.expect("started")
+        assert play(page, 2) == made(live, 2, HALL, 5)
+    first.socket.close()
+
+
+def test_foreign_names_and_pages_are_refused(live: Live) -> None:
+    port = live.port
+    for origin in ("http://evil.example", f"http://localhost:{port}", "null", None):
+        with pytest.raises(InvalidStatus) as refused:
+            Talk(port, origin=origin)
+        assert refused.value.response.status_code == 403
+    with socket.create_connection((HOST, port)) as raw, pytest.raises(InvalidStatus):
+        serve_world.connect(
+            f"ws://evil.example:{port}/live", sock=raw, origin=f"http://evil.example:{port}"
+        )
+
+    def answer(path: str, **headers: str) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection(HOST, port, timeout=20)
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        response.read()
+        connection.close()
+        return response
+
+    assert answer("/", Host=f"evil.example:{port}").status == 421
+    assert answer("/", Host=HOST).status == 421  # another port's
+    assert answer("/", Origin="http://evil.example").status == 421
+    for path in ("/", "/page.css", "/page.js"):
+        page = answer(path)
+        assert page.status == 200 and page.getheader("Access-Control-Allow-Origin") is None
+        assert "default-src 'none'" in str(page.getheader("Content-Security-Policy"))
+    for path in ("/page.py", "/../server.py", "/page/page.js", "/%2e%2e/server.py", "/live"):
+        assert answer(path).status == 404
+
+
+def test_the_token(live: Live, capfd: pytest.CaptureFixture[str]) -> None:
+    for token in (None, "", "wrong", TOKEN[:-1], TOKEN + "x", "\u00e4"):
+        with Talk(live.token_port, token) as page, pytest.raises(ConnectionClosed) as closed:
+            if token is None:
+                page.say(type="start", prompt="", seed=0)
+            page.hear()
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+    with contextlib.closing(seated(live).socket), Talk(live.token_port, TOKEN) as page:
+        page.expect("busy")
+    said = capfd.readouterr()
+    assert TOKEN not in said.out + said.err
+
+
+def test_names_tokens_and_rates() -> None:
+    everywhere = Names("0.0.0.0", 8000, ("live.example.org",))
+    for said in ("192.168.1.5:8000", "[fe80::1]:8000", "localhost:8000", "live.example.org"):
+        assert everywhere.has(said), said
+    for said in ("evil.example:8000", "192.168.1.5", "192.168.1.5:80", "live.example.org:1", ""):
+        assert not everywhere.has(said), said
+    here = Names("127.0.0.1", 8000)
+    assert here.has("localhost:8000") and not here.has("192.168.1.5:8000")
+    assert choose_token("127.0.0.1", "") == choose_token("::1", "") == ""
+    assert len(choose_token("0.0.0.0", "")) >= 32
+    assert choose_token("0.0.0.0", "") != choose_token("0.0.0.0", "")
+    with pytest.raises(UserError, match="at least 16"):
+        choose_token("127.0.0.1", "short")
+    now = [0.0]
+    rate = Rate(2, 3, lambda: now[0])
+    assert [rate.allows() for _ in range(4)] == [True, True, True, False]
+    now[0] = 0.6
+    assert [rate.allows() for _ in range(2)] == [True, False]
+
+
+def test_a_recording_is_bounded() -> None:
+    frame = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    by_frames, by_bytes = Recording(10), Recording(10**9, limit=3 * frame.nbytes)
+    for number in range(2000):
+        for recording in (by_frames, by_bytes):
+            recording.add(frame + number % 7)
+            recording.changed(4 * number, "x")
+    kept = by_frames.kept()
+    assert len(kept.chunks) == 3 and kept.first == 4 * 1997 and len(kept.changes) == 1000
+    assert kept.lost_changes == 1000 and len(by_bytes.kept().chunks) == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_clip_ends_and_a_fault_is_not_swallowed(live: Live) -> None:
+    """Without a server: the limit of a clip, and a generator whose parts fail."""
+    said: list[Reply] = []
+    ended = []
+    short = Generator(replace(live.maker, shape=replace(live.maker.shape, frames=2)))
+    short.start()
+    seat = short.seat(lambda reply, binary: said.append(reply))
+    assert seat is not None and short.seat(lambda reply, binary: None) is None
+    short.play(seat, ClipRequest(Start(MEADOW, 0), None, "", time.monotonic()))
+    end = time.monotonic() + 60
+    while len(said) < 3 or (len(said) == 3 and time.monotonic() < end):
+        time.sleep(0.01)
+        if len(said) == 3:
+            short.shown(seat, 2)
+    assert [type(reply).__name__ for reply in said] == ["Started", "Chunk", "Chunk", "Ended"]
+    short.stop()
+    broken = Generator(replace(live.maker, text=None), lambda: ended.append(True))  # type: ignore[arg-type]
+    broken.start()
+    seat = broken.seat(lambda reply, binary: said.append(reply))
+    assert seat is not None
+    broken.play(seat, ClipRequest(Start(MEADOW, 0), None, "", time.monotonic()))
+    broken._thread.join(60)
+    assert ended == [True] and isinstance(broken.failure, AttributeError)
+    assert broken.seat(lambda reply, binary: None) is None
+
+
+def test_the_command_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "scd_sf.tools.serve.server")
+    monkeypatch.delitem(sys.modules, "scd_sf.tools.serve.safety")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(UserError, match=r"uvicorn is missing: pip install 'scd-sf\[serve\]'"):
+        serve("nowhere")
+    with pytest.raises(UserError, match="quality is 0"):
+        ServeConfig("nowhere", quality=0)
