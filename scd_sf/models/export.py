@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import MANIFEST
+from scd_sf.checkpoint import CONFIG, MANIFEST, read_provenance
+from scd_sf.config import differences, stored_settings
 from scd_sf.files import new_folder, own_file
 from scd_sf.models.build import (
+    CheckpointConfig,
     Scd,
     Student,
     build_model,
@@ -35,6 +38,21 @@ from scd_sf.types import UserError
 
 AGAIN = "choose another place"
 _STEP = re.compile(r"step_\d+")
+
+
+def require_same(path: Path, description: CheckpointConfig, record: Mapping[str, object]) -> None:
+    """UserError unless the checkpoint was made from the same weights with the same settings."""
+    stored = stored_settings(CheckpointConfig, path / CONFIG, str(path / CONFIG))
+    changes = differences(stored, description)
+    old_record = read_provenance(path)
+    for name in sorted((old_record.keys() | record.keys()) - {"git_revision", "versions"}):
+        if old_record.get(name) != record.get(name):
+            changes.setdefault(name, (old_record.get(name), record.get(name)))
+    if changes:
+        name, (old, new) = next(iter(changes.items()))
+        raise UserError(
+            f"{path}: {name} is {old!r} there but {new!r} now; nothing is overwritten: choose another out="
+        )
 
 
 def must_be_new(out: Path, *inputs: Path) -> None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,25 @@ def test_killed_and_run_again(world: Path, tmp_path: Path) -> None:
     ), done
     assert not list(out.rglob(".part-*")) and not list(out.rglob("*.tmp"))
     assert sorted(path.name for path in out.iterdir()) == sorted(ends)
+
+
+def test_a_second_transplant_does_nothing(world: Path, tmp_path: Path) -> None:
+    cfg = TransplantConfig(str(world / "wan"), str(tmp_path / "stage1"), family="causal")
+    run_transplant(cfg)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    assert "finished before" in run_transplant(cfg)
+    other = shutil.copytree(world / "wan", tmp_path / "other")
+    for changed, message in (
+        (
+            replace(cfg, seed=4),
+            "seed is 0 there but 4 now; nothing is overwritten: choose another out=",
+        ),
+        (replace(cfg, base=str(other)), f"base is '{world}/wan' there but '{other}' now"),
+        (replace(cfg, sampler=SamplerConfig(steps=9)), "sampler.steps is 50 there but 9 now"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            run_transplant(changed)
+    assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_only_named_files_are_copied_and_no_link_leaves(world: Path, tmp_path: Path) -> None:

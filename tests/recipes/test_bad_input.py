@@ -145,8 +145,8 @@ CASES = {
     ),
     "stage1-output-is-taken": Case(
         STAGE1,
-        lambda chain, _: [f"base={chain.wan}", f"out={chain.stage1}"],
-        ("stage1", "never overwritten", "out="),
+        lambda chain, _: [f"base={chain.wan}", f"out={chain.stage1}", "family=causal"],
+        ("stage1", "nothing is overwritten", "out="),
     ),
     "frames": Case(STAGE3, stage3("video.frames=10"), ("frames is 10", "use 9")),
     "odd-latent-size": Case(

@@ -21,7 +21,7 @@ from scd_sf.config import to_yaml
 from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
 from scd_sf.models.build import MOST_CHUNK, CheckpointConfig, ModelConfig, SamplerConfig, Scd
 from scd_sf.models.causal import Causal
-from scd_sf.models.export import must_be_new
+from scd_sf.models.export import must_be_new, require_same
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
@@ -190,32 +190,32 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
 
 def run_transplant(cfg: TransplantConfig) -> str:
     """Run stage 1: read, copy, compare bit for bit, write a checkpoint and report.txt. Returns a
-    one-line summary."""
+    one-line summary. Does nothing where ``out`` holds the same; UserError for another."""
     if not cfg.out:
         raise UserError("out is empty; name a new folder for the checkpoint")
     cfg = dataclasses.replace(cfg, base=pinned(cfg.base))
     out = Path(cfg.out)
-    if Checkpoints(out).newest() is not None:
-        raise UserError(
-            f"{out}: already holds a checkpoint, which is never overwritten; choose another out="
-        )
-    must_be_new(out, Path(cfg.base), Path(cfg.weights or cfg.base))
+    existing = Checkpoints(out).newest()
+    if existing is None:
+        must_be_new(out, Path(cfg.base), Path(cfg.weights or cfg.base))
     wan, origin = source_wan(cfg)
-    config = ModelConfig(
-        cfg.family, cfg.chunk, wan.cfg, dataclasses.replace(cfg.scd, chunk=cfg.chunk)
-    )
+    scd = dataclasses.replace(cfg.scd, chunk=cfg.chunk)
+    config = ModelConfig(cfg.family, cfg.chunk, wan.cfg, scd)
+    description = CheckpointConfig(config, cfg.sampler, base=cfg.base)
+    origin = {"base": cfg.base, **origin}
+    record = provenance(stage="stage1_transplant", step=0, seed=cfg.seed, extra=origin)
+    if existing is not None:
+        require_same(existing, description, record)
+        return f"{existing}: finished before, from the same weights; nothing was done"
     student: Scd | Causal
     if cfg.family == "scd":
         student, report = transplant_scd(wan, config.scd)
     else:
         student, report = transplant_causal(wan, cfg.chunk)
     verify_transplant(student, wan, report)
-    record = provenance(
-        stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": cfg.base, **origin}
-    )
-    description = to_yaml(CheckpointConfig(config, cfg.sampler, base=cfg.base))
     with new_folder(out, "choose another out=") as part:
-        path = Checkpoints(part).write(0, {"model": student.state_dict()}, description, record)
+        tensors = {"model": student.state_dict()}
+        path = Checkpoints(part).write(0, tensors, to_yaml(description), record)
         write_text(part / "report.txt", "\n".join(report_lines(report)) + "\n")
     num_copied = sum(line.source is not None for line in report)
     numbers = sum(p.numel() for p in student.parameters())
