@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         ("model.backbone=wan", "model.backbone must be dit"),
         (f"val={tmp_path / 'silent'}", "has 0 actions"),
         ("engine.lr_scale.head=2", "lr_scale.head: no parameter's name starts so"),
-        (f"data={tmp_path}", "encode the clips first"),
+        (f"data={tmp_path}", "its folders silent have one"),
         (f"preview.tokenizer={tmp_path}", str(tmp_path)),
     ):
         result = recipe_runner.run(SCRIPT, *arguments(data, tmp_path / "run", more))
