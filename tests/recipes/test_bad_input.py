@@ -160,7 +160,9 @@ CASES = {
         STAGE3, stage3("train={global_batch: 3, micro_batch: 2}"), ("global_batch is 3", "use")
     ),
     "batch-larger-than-data": Case(
-        STAGE2, stage2("train.global_batch=32"), ("16 samples", "global_batch=32", "lower")
+        STAGE2,
+        stage2("train.global_batch=32"),
+        ("16 samples", "global_batch=32", "use train.global_batch=16"),
     ),
     "unwritable-run": Case(
         STAGE2, below_a_file, ("run/below", "cannot write the run directory", "run.dir")
