@@ -83,7 +83,9 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
             ) from error
         try:
             pool = Pool(cfg, ray)
-            say(f"{cfg.out}: {len(specs)} clips, {len(units)} units of {cfg.batch} to make")
+            say(
+                f"{cfg.out}: {len(specs)} clips, {len(units)} batches of at most {cfg.batch} to make"
+            )
             pool.run("encode", chunks, "prompt batches")
             problems = pool.run("make", units, "units")
         finally:

@@ -33,7 +33,8 @@ def _make(cfg: GenerateConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         maker.fixed_prompts()
         say(
-            f"{cfg.out}: {len(specs)} clips, rank 0 has {len(own_units)} units of {cfg.batch} to make"
+            f"{cfg.out}: {len(specs)} clips; rank 0 of {ranks.world} has "
+            f"{len(own_units)} batches of at most {cfg.batch} to make"
         )
     ranks.barrier()
     maker.encode(list(dict.fromkeys(spec.prompt for unit in own_units for spec in unit)))
@@ -58,7 +59,7 @@ def _make_all(
     rounds = ranks.max(len(own_units)) if is_partitioned else len(own_units)
     problems: list[str] = []
     with (
-        progress_of("units of rank 0", rounds, 0)
+        progress_of("batches of rank 0", rounds, 0)
         if ranks.is_main
         else nullcontext(lambda count: None) as progress
     ):

@@ -230,7 +230,7 @@ def test_the_folder_is_training_data_with_all_that_is_known(unbroken: Path, mode
         clips.null.text_BLE
     )
     again = recipe_runner.succeed(SCRIPT, *arguments(model, unbroken))
-    assert "rank 0 has 0 units of 2 to make" in again.out
+    assert "has 0 batches of at most 2 to make" in again.out
     other = recipe_runner.run(SCRIPT, *arguments(model, unbroken), "sampler.steps=3")
     assert other.code == 2 and "made with other settings (steps)" in other.err
 
