@@ -37,6 +37,14 @@ PRELOAD = [
     "scd_sf.generation.preview",
     "scd_sf.train.engine",
     "scd_sf.train.loop",
+    # what the library imports where it is used
+    "diffusers.loaders.single_file_utils",
+    "diffusers.models.autoencoders.autoencoder_kl_wan",
+    "diffusers.schedulers.scheduling_unipc_multistep",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.umt5.modeling_umt5",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)

@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Tensor
 
-from scd_sf.data.sources.video_reader import LARGEST_VIDEO, check_crop, frames_of
 from scd_sf.files import foreign, refuse_lfs_pointer
 from scd_sf.types import UserError, VideoShape
 
@@ -36,6 +35,8 @@ def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> 
     where = f"start {path}"
     if path.suffix.lower() not in VIDEOS:
         return _fit(read_picture(path, where), size, where)[None]
+    from scd_sf.data.sources.video_reader import LARGEST_VIDEO, frames_of  # needs PyAV
+
     frames: list[Tensor] = []
     for frame in frames_of(path, where, fps=fps, remedy=REMEDY):
         pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 255
@@ -83,6 +84,8 @@ def _fit(pixels_3HW: Tensor, size: tuple[int, int], where: str) -> Tensor:
     """The picture resized (bicubic, antialiased) so that it just covers ``size``, then cropped at
     the middle to (3, *size)."""
     height, width = pixels_3HW.shape[-2:]
+    from scd_sf.data.sources.video_reader import check_crop
+
     check_crop(height, width, *size, where)
     scale = max(size[0] / height, size[1] / width)
     new_size = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))

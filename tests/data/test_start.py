@@ -14,6 +14,7 @@ from PIL import Image
 from raw_videos import corners, grey, levels, write
 
 from scd_sf.data import start
+from scd_sf.data.sources import video_reader
 from scd_sf.data.start import picture_pixels, read_picture, read_start
 from scd_sf.files import LFS_POINTER
 from scd_sf.types import UserError
@@ -187,7 +188,7 @@ def test_other_formats_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"65x64 is too large, 4,096 pixels"):
         shown(path)
     monkeypatch.undo()
-    monkeypatch.setattr(start, "LARGEST_VIDEO", 3 * 32 * 48 * 3 * 4)
+    monkeypatch.setattr(video_reader, "LARGEST_VIDEO", 3 * 32 * 48 * 3 * 4)
     with pytest.raises(UserError, match="more than a start can have"):
         shown(write(tmp_path / "long.mp4", [grey(n) for n in range(9)]))
 

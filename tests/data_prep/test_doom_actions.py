@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on(
     busy machine draws some frames a few grey levels apart)."""
     again = tmp_path / "set"
     request = script.Request(0, 40, 64, ("my_way_home",), 4, 1)
-    script.begin(again, script.asdict(request), [f"{split}/my_way_home" for split in script.SPLITS])
+    script.begin(again, request, [f"{split}/my_way_home" for split in script.SPLITS])
     for stem in ("train/my_way_home/00001", "test/my_way_home/00000"):
         for end in (".mp4", ".npz"):
             shutil.copy(doom_actions / (stem + end), again / (stem + end))

@@ -123,7 +123,7 @@ def test_the_suite(world: Path, tmp_path: Path) -> None:
         n: v["seed"] for n, v in manifest["videos"].items()
     }
     result = recipe_runner.run(SCRIPT, *again[:-1])
-    assert result.code == 2 and "suite is" in result.err and "nothing is overwritten" in result.err
+    assert result.code == 2 and "suite." in result.err and "nothing is overwritten" in result.err
 
 
 def test_refused_before_any_work(world: Path, tmp_path: Path) -> None:
