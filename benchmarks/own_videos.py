@@ -113,10 +113,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     figures = measure(options)
-    machine = {"machine": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()}
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
     write_json(
         options.out,
-        {"options": {k: str(v) for k, v in vars(options).items()}, **machine, **figures},
+        {
+            "options": {k: str(v) for k, v in vars(options).items() if k not in ("scratch", "out")},
+            **machine,
+            **figures,
+        },
     )
 
 
