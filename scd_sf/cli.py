@@ -324,6 +324,13 @@ def serve(
         list[str] | None,
         typer.Option(help="Another name (NAME or NAME:PORT) in a browser's address; repeatable."),
     ] = None,
+    overlap: Annotated[
+        str,
+        typer.Option(help="Decode a chunk while the next is made: on, off, auto (on with a GPU)."),
+    ] = "auto",
+    vae_device: Annotated[
+        str, typer.Option(help="Device of the VAE, such as cuda:1; empty: the student's.")
+    ] = "",
 ) -> None:
     """Type a prompt in the browser and watch the video as it is made. SCD_SERVE_TOKEN: a token of
     your own instead of a random one."""
@@ -353,6 +360,8 @@ def serve(
             host=host,
             port=port,
             names=tuple(name or ()),
+            overlap=overlap,
+            vae_device=vae_device,
         )
     )
 

@@ -44,6 +44,7 @@ def live(root: Path) -> Iterator[Live]:
     text = f"{{base: {root / 'wan'}, out: {root / 'student'}, {student}}}"
     run_transplant(from_yaml(TransplantConfig, text))
     cfg = ServeConfig(str(root / "student"), frames=9, height=32, width=32, keep=KEPT / 16)
+    cfg.overlap = "on"
     maker, record = open_maker(cfg)
     generator = Generator(maker)
     generator.start()

@@ -81,7 +81,7 @@ def decoded(decoder: PixelDecoder, latents: Iterable[Tensor]) -> Iterator[Tensor
     """Pixels (B, m, 3, H, W) in [0, 1] of a clip's latents (B, n, C, H, W), as they come."""
     stream = decoder.stream()
     for part in latents:
-        yield _pixels(stream, part)
+        yield pixels_of(stream, part)
 
 
 @torch.no_grad()
@@ -212,10 +212,11 @@ def clips_of(chunks: Iterable[Tensor]) -> Tensor:
 def decode(decoder: PixelDecoder, latents: Tensor, batch: int = 16) -> Tensor:
     """Whole clips of latents (B, F, C, H, W) -> pixels (B, F', 3, H, W) in [0, 1], as
     :func:`generate` decodes them."""
-    return torch.cat([_pixels(decoder.stream(), part) for part in latents.split(batch)])
+    return torch.cat([pixels_of(decoder.stream(), part) for part in latents.split(batch)])
 
 
-def _pixels(stream: PixelStream, latents: Tensor) -> Tensor:
+def pixels_of(stream: PixelStream, latents: Tensor) -> Tensor:
+    """Pixels (B, m, 3, H, W) in [0, 1] of the stream's next latents. NotFinite: they are not."""
     pixels = (stream.push(latents) + 1) / 2
     if not pixels.isfinite().all():
         raise NotFinite("decoded frames are not finite; the VAE's weights are broken")

@@ -257,18 +257,22 @@ class VideoGenerator:
 
 
 def open_generator(
-    cfg: SampleConfig, device: torch.device, path: Path | None = None
+    cfg: SampleConfig,
+    device: torch.device,
+    path: Path | None = None,
+    vae_device: torch.device | None = None,
 ) -> tuple[VideoGenerator, dict[str, object]]:
     """Load and check everything; also the settings that all videos of a manifest share. ``path``:
-    the checkpoint, where it has been looked up."""
+    the checkpoint, where it has been looked up. ``vae_device``: of the VAE and the tiny decoder,
+    where it is another one."""
     path = path or Path(cfg.checkpoint)
     description, origin = describe_checkpoint(path, cfg.weights)
     trained_sampler = description.sampler
     sampler = choose_sampler(trained_sampler, cfg.sampler, cfg.checkpoint, force=cfg.force)
     base = base_of(description.base, cfg.base, path)
     student, _ = load_student(path, cfg.weights, cfg.blocks)
-    vae = load_vae(base, device=device)
-    decoder = load_decoder(cfg.decoder, device=device, vae=vae) if cfg.decoder else None
+    vae = load_vae(base, device=vae_device or device)
+    decoder = load_decoder(cfg.decoder, device=vae.device, vae=vae) if cfg.decoder else None
     requested_size = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     shape = choose_shape(requested_size, origin, student, vae.geometry, cfg.checkpoint)
     text = open_text_encoder(base, cfg.text_cache, device=device, dtype=dtype_of(cfg.dtype))

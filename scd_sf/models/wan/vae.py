@@ -73,6 +73,9 @@ class PixelDecoder(Protocol):
 
     geometry: VaeGeometry
 
+    @property
+    def device(self) -> torch.device: ...
+
     def stream(self) -> PixelStream: ...
 
 

@@ -1,8 +1,10 @@
-"""The one thread that makes video, and the seat of the one viewer it is made for.
+"""The thread that makes video, and the seat of the one viewer it is made for.
 
 The server's loop asks (start, another prompt, pause, credit); the thread reads the wishes between
-two chunks and hands out what it made. A chunk is begun only while the page has acknowledged all but
-:data:`AHEAD` of those before: a slow viewer slows the thread, and nothing piles up.
+two chunks. It makes latents; what follows them (pixels, pictures, messages) is the job of a second
+stage (stage.py), which a chunk may be in while the next one is made. A chunk is begun only while
+the page has acknowledged all but :attr:`Generator.ahead` of those begun before: a slow viewer slows
+the thread, and nothing piles up.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import io
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from PIL import Image
@@ -20,14 +23,15 @@ from torch import Tensor
 
 from scd_sf.data.start import check_start
 from scd_sf.diffusion.samplers import Sampler
-from scd_sf.generation.generate import as_uint8, clip_latents, decoded
+from scd_sf.generation.generate import as_uint8, clip_latents, pixels_of
 from scd_sf.models.build import Student
 from scd_sf.models.wan.text import TextEncoder
-from scd_sf.models.wan.vae import PixelDecoder, Vae
+from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae
 from scd_sf.tools.serve.protocol import (
     Chunk,
     Ended,
     Error,
+    Reply,
     Say,
     Start,
     Started,
@@ -35,9 +39,12 @@ from scd_sf.tools.serve.protocol import (
     frame_of,
 )
 from scd_sf.tools.serve.recording import KeptClip, Recording
+from scd_sf.tools.serve.stage import Stage, Streams, ready
 from scd_sf.types import Conditioning, UserError, VideoShape
 
-AHEAD = 2  # chunks that may be made before the first of them was shown
+# Chunks that may be begun before the first of them was shown: one is shown, one is ready, and in
+# a pipeline one more is on its way.
+AHEAD, AHEAD_IN_A_PIPELINE = 2, 3
 RECENT = 8  # chunks over which speeds are measured
 
 
@@ -45,7 +52,8 @@ RECENT = 8  # chunks over which speeds are measured
 class ClipMaker:
     """What clips are made with. ``decoder``: ``vae``, or a tiny one instead. ``shape``: of the
     longest clip. ``window``, ``sink``: latent frames of history. ``kept_frames``: of a clip, for its
-    download. ``quality``: of the JPEGs, 1 .. 95."""
+    download. ``quality``: of the JPEGs, 1 .. 95. ``overlap``: decode a chunk while the next one is
+    made."""
 
     student: Student
     sampler: Sampler
@@ -59,6 +67,7 @@ class ClipMaker:
     fps: int
     kept_frames: int
     quality: int
+    overlap: bool = False
 
     def encode(self, prompt: str) -> Conditioning:
         return self.text.encode([prompt]).to(self.device)
@@ -77,10 +86,12 @@ class ClipRequest:
 
 @dataclass
 class Seat:
-    """The viewer's connection as the thread sees it: what was said to it, and what it wants. A chunk
-    counts from 1 over all clips of the seat."""
+    """The viewer's connection as the thread sees it: what was said to it, and what it wants. Chunks
+    count from 1 over all clips of the seat: those ``begun``, of which so many were ``made`` and
+    sent, and ``shown``."""
 
     say: Say
+    begun: int = 0
     made: int = 0
     shown: int = 0
     is_paused: bool = False
@@ -90,25 +101,55 @@ class Seat:
     recording: Recording = field(default_factory=lambda: Recording(1))
 
 
+@dataclass
+class Clip:
+    """A clip that is made. ``num_frames``: sent so far; ``first_seconds``: from the request to the
+    first of them; ``is_broken``: its pixels could not be made."""
+
+    seat: Seat
+    request: ClipRequest
+    pixels: PixelStream
+    speeds: Speeds
+    num_frames: int = 0
+    first_seconds: float = 0.0
+    is_broken: bool = False
+
+
+@dataclass(frozen=True)
+class ChunkLatents:
+    """Latents (1, n, C, H, W) on their way to the second stage: when they are ``ready``, the prompt
+    that holds from them on, if it is another one, and the seconds that they took."""
+
+    latents: Tensor
+    ready: torch.cuda.Event | None
+    prompt: str | None
+    seconds: float
+
+
 class Generator:
     """Clips for one viewer at a time, made in a thread of its own. ``at_end`` is called in the
-    thread when it ends, by :meth:`stop` or by ``failure``."""
+    thread when it ends, by :meth:`stop` or by ``failure``, that of either stage."""
 
     def __init__(self, maker: ClipMaker, at_end: Callable[[], None] = lambda: None) -> None:
         self.maker = maker
+        self.ahead = AHEAD_IN_A_PIPELINE if maker.overlap else AHEAD
         self.failure: BaseException | None = None
         self._at_end = at_end
         self._seat: Seat | None = None
         self._is_stopped = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="scd serve: generator", daemon=True)
+        self._stage = Stage(maker.overlap, self._fail)
+        devices = (maker.device, maker.decoder.device) if maker.overlap else ()
+        self._streams = Streams(*devices)
 
     def start(self) -> None:
         """Begin to wait for a viewer."""
+        self._stage.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when the thread has ended: after the chunk that it is making."""
+        """Returns when both stages have ended: after the chunks that they are at."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
@@ -168,121 +209,140 @@ class Generator:
 
     def _run(self) -> None:
         try:
-            while (seat := self._next_seat()) is not None:
+            while (clip := self._next_clip()) is not None:
                 try:
-                    self._play(seat)
+                    self._play(clip)
                 except UserError as error:
-                    seat.say(Error(str(error)), ())
+                    self._stage.put(partial(self._tell, clip, Error(str(error))))
         except BaseException as error:
-            self.failure = error
+            self._fail(error)
             raise
         finally:
             self._is_stopped = True
+            self._stage.close()
             self._at_end()
 
-    def _next_seat(self) -> Seat | None:
-        """The seat whose viewer wants a clip, which becomes the clip of the seat; None at the
-        end."""
+    def _fail(self, error: BaseException) -> None:
+        """Ends the thread after the chunk that it is making."""
+        with self._changed:
+            self.failure = self.failure or error
+            self._is_stopped = True
+            self._changed.notify_all()
+
+    def _next_clip(self) -> Clip | None:
+        """The clip that the viewer wants, which becomes the clip of the seat; None at the end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_stopped or (self._seat is not None and self._seat.wanted)
             )
             seat = self._seat
-            if self._is_stopped or seat is None:
+            if self._is_stopped or seat is None or seat.wanted is None:
                 return None
-            seat.clip, seat.wanted = seat.wanted, None
-            seat.shown = seat.made  # the page forgets what is left of the clip before
+            request, seat.clip, seat.wanted = seat.wanted, seat.wanted, None
+            # what is left of the clip before is void, here and on the page
+            seat.begun = seat.shown = seat.made
             seat.recording = Recording(self.maker.kept_frames)
-            return seat
+            return Clip(seat, request, self.maker.decoder.stream(), Speeds())
 
-    def _is_over(self, seat: Seat) -> bool:
-        return self._is_stopped or self._seat is not seat or seat.wanted is not None
+    def _is_over(self, clip: Clip) -> bool:
+        seat = clip.seat
+        is_current = self._seat is seat and seat.clip is clip.request and seat.wanted is None
+        return self._is_stopped or clip.is_broken or not is_current
 
-    def _may_go_on(self, seat: Seat) -> bool:
-        """Waits for credit; False where the clip is over."""
+    def _may_begin(self, clip: Clip) -> bool:
+        """Waits for credit, and takes it; False where the clip is over."""
+        seat = clip.seat
+
+        def has_credit() -> bool:
+            return not seat.is_paused and seat.begun - seat.shown < self.ahead
+
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._is_over(seat) or (not seat.is_paused and seat.made - seat.shown < AHEAD)
-                )
-            )
-            return not self._is_over(seat)
+            self._changed.wait_for(lambda: self._is_over(clip) or has_credit())
+            seat.begun += 1
+            return not self._is_over(clip)
 
-    def _play(self, seat: Seat) -> None:
-        maker, request = self.maker, seat.clip
-        assert request is not None
+    def _play(self, clip: Clip) -> None:
+        """The first stage: latents, chunk by chunk."""
+        maker, seat, request = self.maker, clip.seat, clip.request
         start = None
         if request.picture is not None:
             check_start(1, maker.student.chunk, maker.shape, "picture")
             start = request.picture[None, None]
-        seat.say(Started(request.start.seed, request.start.prompt), ())
-        num_frames, first_seconds = 0, 0.0
+        self._tell(clip, Started(request.start.seed, request.start.prompt))
+        prompt: str | None = None  # another one from this chunk on
 
         def next_prompt() -> Conditioning | None:
+            nonlocal prompt
             with self._changed:
                 prompt, seat.prompt = seat.prompt, None
-                if prompt is None:
-                    return None
-                seat.recording.changed(num_frames, prompt)
-            seat.say(Switched(num_frames, prompt), ())
-            return maker.encode(prompt)
+            return None if prompt is None else maker.encode(prompt)
 
-        latents = Timed(
-            clip_latents(
-                maker.student,
-                maker.vae,
-                maker.encode(request.start.prompt),
-                [request.start.seed],
-                maker.shape,
-                maker.sampler,
-                window=maker.window,
-                sink=maker.sink,
-                start=start,
-                next_prompt=next_prompt,
-            )
+        chunks = clip_latents(
+            maker.student,
+            maker.vae,
+            maker.encode(request.start.prompt),
+            [request.start.seed],
+            maker.shape,
+            maker.sampler,
+            window=maker.window,
+            sink=maker.sink,
+            start=start,
+            next_prompt=next_prompt,
         )
-        frames, speeds = decoded(maker.decoder, latents), Speeds()
-        while self._may_go_on(seat):
+        while self._may_begin(clip):
             began = time.monotonic()
-            pixels = next(frames, None)
-            if pixels is None:
-                seat.say(Ended(num_frames), ())
+            latents = next(chunks, None)
+            if latents is None:
+                self._stage.put(lambda: self._tell(clip, Ended(clip.num_frames)))
                 return
-            pictures = as_uint8(pixels[0]).cpu()
-            jpegs = [jpeg(picture, maker.quality) for picture in pictures]
-            now = time.monotonic()
-            speeds.add(len(jpegs), latents.seconds, now - began - latents.seconds)
-            first_seconds = first_seconds or now - request.since
-            with self._changed:
-                if self._is_over(seat):
-                    return
-                seat.made += 1
-                seat.recording.add(pictures)
-                head = Chunk(
-                    seat.made, num_frames, len(jpegs), *speeds.frames_per_second(), first_seconds
-                )
-                parts = [
-                    frame_of(num_frames + place, seat.made, maker.fps, data)
-                    for place, data in enumerate(jpegs)
-                ]
-                seat.say(head, parts)
-            num_frames += len(jpegs)
+            seconds = time.monotonic() - began
+            chunk = ChunkLatents(latents, ready(latents), prompt, seconds)
+            self._stage.put(partial(self._show, clip, chunk))
 
+    # -------------------------------------------------------------------------- the second stage
 
-class Timed:
-    """An iterator that measures how long its last item took: ``seconds``."""
+    def _tell(self, clip: Clip, reply: Reply) -> None:
+        """Unless the clip is over: what is said then is about another one."""
+        with self._changed:
+            if not self._is_over(clip):
+                clip.seat.say(reply, ())
 
-    def __init__(self, items: Iterable[Tensor]) -> None:
-        self._items, self.seconds = iter(items), 0.0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
-
-    def __next__(self) -> Tensor:
+    def _show(self, clip: Clip, chunk: ChunkLatents) -> None:
+        """A chunk's pixels and pictures, recorded and sent."""
+        maker, seat = self.maker, clip.seat
+        if self._is_over(clip):
+            return
         began = time.monotonic()
-        item = next(self._items)
-        self.seconds = time.monotonic() - began
-        return item
+        try:
+            with self._streams.reading(chunk.latents, chunk.ready):
+                pictures = as_uint8(pixels_of(clip.pixels, chunk.latents)[0]).cpu()
+        except UserError as error:
+            self._tell(clip, Error(str(error)))
+            with self._changed:
+                clip.is_broken = True
+                self._changed.notify_all()
+            return
+        jpegs = [jpeg(picture, maker.quality) for picture in pictures]
+        now = time.monotonic()
+        clip.speeds.add(len(jpegs), chunk.seconds, now - began)
+        clip.first_seconds = clip.first_seconds or now - clip.request.since
+        with self._changed:
+            if self._is_over(clip):
+                return
+            first = clip.num_frames
+            if chunk.prompt is not None:
+                seat.recording.changed(first, chunk.prompt)
+                seat.say(Switched(first, chunk.prompt), ())
+            seat.made += 1
+            seat.recording.add(pictures)
+            speeds = clip.speeds.frames_per_second()
+            head = Chunk(seat.made, first, len(jpegs), *speeds, clip.first_seconds)
+            parts = [
+                frame_of(first + place, seat.made, maker.fps, data)
+                for place, data in enumerate(jpegs)
+            ]
+            seat.say(head, parts)
+            clip.num_frames += len(jpegs)
 
 
 class Speeds:

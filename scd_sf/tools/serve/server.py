@@ -27,7 +27,7 @@ from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.data.start import picture_of, picture_pixels
 from scd_sf.files import Json, foreign
 from scd_sf.generation.sampling import SampleConfig, open_generator
-from scd_sf.tools.serve.generator import AHEAD, ClipMaker, ClipRequest, Generator, Seat
+from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
 from scd_sf.tools.serve.protocol import (
     MOST_PICTURE,
     PICTURE_FORMATS,
@@ -56,6 +56,7 @@ from scd_sf.types import LARGEST, UserError, check_within, device_of, say
 
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
 PAGE |= {"/page.js": ("page.js", "text/javascript")}
+OVERLAPS = ("auto", "on", "off")
 HELLO_SECONDS = 10.0  # in which a connection has to say hello
 PER_SECOND, BURST = 40.0, 80.0  # messages of a page
 MOST_WAITING = 64  # things that wait to be sent; a page that takes none of them is cut off
@@ -103,10 +104,16 @@ class ServeConfig:
     """0: a free one."""
     names: tuple[str, ...] = ()
     """Further names of the server, as ``Host`` says them."""
+    overlap: str = "auto"
+    """Decode a chunk while the next one is made: on, off, or auto: on a GPU."""
+    vae_device: str = ""
+    """Device of the VAE or tiny decoder, such as cuda:1; empty: that of the student."""
 
     def __post_init__(self) -> None:
         check_within(self, {"seconds": (0, 1e9), "keep": (1, 3600), "quality": (1, 95)})
         check_within(self, {"port": (0, 65535), "sink": (-1, 1e6)})
+        if self.overlap not in OVERLAPS:
+            raise UserError(f"overlap is '{self.overlap}'; use {', '.join(OVERLAPS)}")
 
 
 def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
@@ -129,7 +136,8 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
         text_cache="off",  # a cache would grow with every prompt
     )
     device = device_of("")
-    parts, settings = open_generator(sample, device, path)
+    vae_device = device_of(cfg.vae_device) if cfg.vae_device else device
+    parts, settings = open_generator(sample, device, path, vae_device)
     chunk, trained = parts.student.chunk, parts.shape.frames
     sink = chunk if cfg.sink < 0 else cfg.sink
     window = cfg.window or max(chunk, trained - sink)
@@ -149,6 +157,7 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
         cfg.fps,
         round(cfg.keep * cfg.fps),
         cfg.quality,
+        cfg.overlap == "on" or (cfg.overlap == "auto" and "cuda" in (device.type, vae_device.type)),
     )
     known = (
         "weights",
@@ -209,9 +218,9 @@ class Viewer:
 
     async def serve(self) -> None:
         """Until the page is gone, breaks a rule or takes nothing any more."""
-        maker = self._service.generator.maker
+        maker, ahead = self._service.generator.maker, self._service.generator.ahead
         shape, fps = maker.shape, maker.fps
-        self._say(Ready(fps, shape.pixel_width, shape.pixel_height, maker.kept_frames / fps, AHEAD))
+        self._say(Ready(fps, shape.pixel_width, shape.pixel_height, maker.kept_frames / fps, ahead))
         tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._listen())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

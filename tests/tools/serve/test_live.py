@@ -10,9 +10,10 @@ import io
 import json
 import socket
 import sys
+import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from scd_sf.cli import serve
 from scd_sf.data.clips import read_video
 from scd_sf.generation.generate import as_uint8, generate
-from scd_sf.tools.serve.generator import AHEAD, ClipRequest, Generator, jpeg
+from scd_sf.models.wan.vae import PixelDecoder, PixelStream
+from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat, jpeg
 from scd_sf.tools.serve.protocol import MOST_PICTURE, Reply, Start
 from scd_sf.tools.serve.recording import Recording
 from scd_sf.tools.serve.safety import Names, Rate, choose_token
@@ -129,25 +131,27 @@ def test_what_is_sent_is_what_generate_makes(live: Live) -> None:
 
 
 def test_credit_and_pause_stop_the_generator(live: Live) -> None:
+    ahead = live.generator.ahead
     with seated(live) as page:
         page.say(type="start", prompt=MEADOW, seed=0)
         page.expect("started")
-        for _ in range(AHEAD):
+        for _ in range(ahead):
             page.chunk()
         with pytest.raises(TimeoutError):
             page.hear(0.5)
         page.say(type="shown", chunk=1)
-        assert page.chunk()[0]["chunk"] == AHEAD + 1
+        assert page.chunk()[0]["chunk"] == ahead + 1
         with pytest.raises(TimeoutError):
             page.hear(0.5)
         page.say(type="shown", chunk=99)
         assert "not made yet" in page.expect("error")["message"]
         page.say(type="pause", on=True)
-        page.say(type="shown", chunk=3)
+        page.say(type="shown", chunk=ahead + 1)
         with pytest.raises(TimeoutError):
             page.hear(0.5)
         page.say(type="pause", on=False)
-        assert [page.chunk()[0]["chunk"] for _ in range(AHEAD)] == [4, 5]
+        following = [page.chunk()[0]["chunk"] for _ in range(ahead)]
+        assert following == [ahead + 2 + place for place in range(ahead)]
 
 
 def test_a_start_picture(live: Live) -> None:
@@ -354,31 +358,144 @@ def test_a_recording_is_bounded() -> None:
     assert kept.lost_changes == 1000 and len(by_bytes.kept().chunks) == 3
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_clip_ends_and_a_fault_is_not_swallowed(live: Live) -> None:
-    """Without a server: the limit of a clip, and a generator whose parts fail."""
-    said: list[Reply] = []
-    ended = []
-    short = Generator(replace(live.maker, shape=replace(live.maker.shape, frames=2)))
-    short.start()
-    seat = short.seat(lambda reply, binary: said.append(reply))
-    assert seat is not None and short.seat(lambda reply, binary: None) is None
-    short.play(seat, ClipRequest(Start(MEADOW, 0), None, "", time.monotonic()))
+class Gate:
+    """A decoder that waits before each chunk until it may go on. ``broken``: the stream, from 1,
+    that gives no numbers, or raises this."""
+
+    def __init__(self, decoder: PixelDecoder, broken: int = 0, fault: Exception | None = None):
+        self.geometry, self.device = decoder.geometry, decoder.device
+        self.may_go_on, self.pushes, self.streams = threading.Event(), 0, 0
+        self._decoder, self._broken, self._fault = decoder, broken, fault
+
+    def stream(self) -> PixelStream:
+        self.streams += 1
+        gate, number, inner = self, self.streams, self._decoder.stream()
+
+        class Waiting:
+            def push(self, latents_BFCHW: torch.Tensor) -> torch.Tensor:
+                gate.pushes += 1
+                assert gate.may_go_on.wait(60)
+                if number == gate._broken and gate._fault is not None:
+                    raise gate._fault
+                pixels = inner.push(latents_BFCHW)
+                return pixels * torch.nan if number == gate._broken else pixels
+
+        return Waiting()
+
+
+class Watched:
+    """A generator's seat without a server: what was said to it."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator, self.said = generator, list[tuple[Reply, list[bytes]]]()
+        seat = generator.seat(lambda reply, binary: self.said.append((reply, list(binary))))
+        assert seat is not None
+        self.seat: Seat = seat
+
+    def play(self, seed: int) -> None:
+        request = ClipRequest(Start(MEADOW, seed), None, "", time.monotonic())
+        self.generator.play(self.seat, request)
+
+    def kinds(self) -> list[str]:
+        return [type(reply).__name__ for reply, _ in self.said]
+
+    def frames(self) -> list[bytes]:
+        return [part[16:] for reply, parts in self.said for part in parts]
+
+
+def until(is_true: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
-    while len(said) < 3 or (len(said) == 3 and time.monotonic() < end):
-        time.sleep(0.01)
-        if len(said) == 3:
-            short.shown(seat, 2)
-    assert [type(reply).__name__ for reply in said] == ["Started", "Chunk", "Chunk", "Ended"]
-    short.stop()
-    broken = Generator(replace(live.maker, text=None), lambda: ended.append(True))  # type: ignore[arg-type]
-    broken.start()
-    seat = broken.seat(lambda reply, binary: said.append(reply))
-    assert seat is not None
-    broken.play(seat, ClipRequest(Start(MEADOW, 0), None, "", time.monotonic()))
-    broken._thread.join(60)
-    assert ended == [True] and isinstance(broken.failure, AttributeError)
-    assert broken.seat(lambda reply, binary: None) is None
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def generating(maker: ClipMaker) -> Iterator[Generator]:
+    generator = Generator(maker)
+    generator.start()
+    try:
+        yield generator
+    finally:
+        generator.stop()
+    assert generator.failure is None
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_clip_ends(live: Live, overlap: bool) -> None:
+    """Without a server, both stages in one thread or in two: the limit of a clip."""
+    short = replace(live.maker, shape=replace(live.maker.shape, frames=2), overlap=overlap)
+    with generating(short) as generator:
+        watched = Watched(generator)
+        assert generator.seat(lambda reply, binary: None) is None
+        watched.play(0)
+        until(lambda: len(watched.said) == 3)
+        generator.shown(watched.seat, 2)
+        until(lambda: len(watched.said) == 4)
+        assert watched.kinds() == ["Started", "Chunk", "Chunk", "Ended"]
+        assert watched.frames() == made(live, 2, MEADOW, 0)
+
+
+def test_a_chunk_is_decoded_while_the_next_one_is_made(live: Live) -> None:
+    """While the first chunk waits to be decoded, credit is taken for all that may be ahead. A
+    restart then drops them all; so does leaving."""
+    gate = Gate(live.maker.decoder)
+    with generating(replace(live.maker, decoder=gate)) as generator:
+        watched = Watched(generator)
+        watched.play(0)
+        until(lambda: watched.seat.begun == generator.ahead)
+        assert gate.pushes == 1 and watched.kinds() == ["Started"]
+        generator.change_prompt(watched.seat, HALL)
+        watched.play(1)
+        gate.may_go_on.set()
+        until(lambda: len(watched.said) == 2 + generator.ahead)
+        assert watched.kinds() == ["Started", "Started"] + ["Chunk"] * generator.ahead
+        assert watched.frames() == made(live, generator.ahead, MEADOW, 1)
+        gate.may_go_on.clear()
+        pushes, count = gate.pushes, len(watched.said)
+        generator.shown(watched.seat, watched.seat.made)
+        until(lambda: gate.pushes == pushes + 1)
+        generator.leave(watched.seat)
+        following = Watched(generator)
+        gate.may_go_on.set()
+        following.play(2)
+        until(lambda: len(following.said) == 1 + generator.ahead)
+        assert following.frames() == made(live, generator.ahead, MEADOW, 2)
+        assert len(watched.said) == count
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_is_not_swallowed(live: Live) -> None:
+    """Frames that are no numbers are told, and the next clip plays; any other fault of either stage
+    ends the generator."""
+    gate = Gate(live.maker.decoder, broken=1)
+    gate.may_go_on.set()
+    with generating(replace(live.maker, decoder=gate)) as generator:
+        watched = Watched(generator)
+        watched.play(0)
+        until(lambda: "Error" in watched.kinds())
+        watched.play(1)
+        until(lambda: len(watched.said) == 3 + generator.ahead)
+        assert watched.kinds()[:4] == ["Started", "Error", "Started", "Chunk"]
+    fault = RuntimeError("the decoder fails")
+    gate = Gate(live.maker.decoder, 1, fault)
+    gate.may_go_on.set()
+    broken_decoder = replace(live.maker, decoder=gate)
+    broken_text = replace(live.maker, text=None)  # type: ignore[arg-type]
+    for maker, kind in (
+        (broken_decoder, RuntimeError),
+        (replace(broken_decoder, overlap=False), RuntimeError),
+        (broken_text, AttributeError),
+    ):
+        ended: list[bool] = []
+        generator = Generator(maker, lambda ended=ended: ended.append(True))  # type: ignore[misc]
+        gate.streams = 0
+        generator.start()
+        Watched(generator).play(0)
+        until(lambda ended=ended: bool(ended))  # type: ignore[misc]
+        generator.stop()
+        assert ended == [True] and isinstance(generator.failure, kind)
+        assert generator.seat(lambda reply, binary: None) is None
 
 
 def test_the_command_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,3 +506,5 @@ def test_the_command_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
         serve("nowhere")
     with pytest.raises(UserError, match="quality is 0"):
         ServeConfig("nowhere", quality=0)
+    with pytest.raises(UserError, match="overlap is 'yes'; use auto, on, off"):
+        ServeConfig("nowhere", overlap="yes")
