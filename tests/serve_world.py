@@ -70,13 +70,15 @@ def live(root: Path) -> Iterator[Live]:
 class Talk:
     """A page's side of a connection; ``with`` closes it."""
 
-    def __init__(self, port: int, token: str | None = "", **options: Any) -> None:
+    def __init__(
+        self, port: int, token: str | None = "", *, watch: bool = False, **options: Any
+    ) -> None:
         options = {"origin": f"http://{HOST}:{port}", "compression": None} | options
         self._stack = contextlib.ExitStack()
         connection = connect(f"ws://{HOST}:{port}/live", max_size=None, **options)
         self.socket = self._stack.enter_context(connection)
         if token is not None:
-            self.say(type="hello", token=token)
+            self.say(type="hello", token=token, watch=watch)
 
     def __enter__(self) -> Talk:
         return self

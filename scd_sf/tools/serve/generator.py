@@ -27,6 +27,7 @@ from scd_sf.generation.generate import as_uint8, clip_latents, pixels_of
 from scd_sf.models.build import Student
 from scd_sf.models.wan.text import TextEncoder
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae
+from scd_sf.tools.serve.audience import Audience
 from scd_sf.tools.serve.protocol import (
     Chunk,
     Ended,
@@ -36,6 +37,7 @@ from scd_sf.tools.serve.protocol import (
     Start,
     Started,
     Switched,
+    Watchers,
     frame_of,
 )
 from scd_sf.tools.serve.recording import KeptClip, Recording
@@ -134,6 +136,7 @@ class Generator:
         self.maker = maker
         self.ahead = AHEAD_IN_A_PIPELINE if maker.overlap else AHEAD
         self.failure: BaseException | None = None
+        self.audience = Audience()
         self._at_end = at_end
         self._seat: Seat | None = None
         self._is_stopped = False
@@ -163,6 +166,7 @@ class Generator:
             if self._seat is not None or self._is_stopped:
                 return None
             self._seat = Seat(say)
+            self.audience.seat(is_free=False)
             return self._seat
 
     def leave(self, seat: Seat) -> None:
@@ -170,7 +174,14 @@ class Generator:
         with self._changed:
             if self._seat is seat:
                 self._seat = None
+                self.audience.seat(is_free=True)
             self._changed.notify_all()
+
+    def count_watchers(self) -> None:
+        """Tells the viewer, if there is one, how many watch along."""
+        with self._changed:
+            if self._seat is not None:
+                self._seat.say(Watchers(len(self.audience)), ())
 
     def play(self, seat: Seat, request: ClipRequest) -> None:
         """Another clip instead of the one that is made."""
@@ -305,7 +316,11 @@ class Generator:
         """Unless the clip is over: what is said then is about another one."""
         with self._changed:
             if not self._is_over(clip):
-                clip.seat.say(reply, ())
+                self._say_to_all(clip.seat, reply)
+
+    def _say_to_all(self, seat: Seat, reply: Reply) -> None:
+        seat.say(reply, ())
+        self.audience.tell(reply)
 
     def _show(self, clip: Clip, chunk: ChunkLatents) -> None:
         """A chunk's pixels and pictures, recorded and sent."""
@@ -332,7 +347,7 @@ class Generator:
             first = clip.num_frames
             if chunk.prompt is not None:
                 seat.recording.changed(first, chunk.prompt)
-                seat.say(Switched(first, chunk.prompt), ())
+                self._say_to_all(seat, Switched(first, chunk.prompt))
             seat.made += 1
             seat.recording.add(pictures)
             speeds = clip.speeds.frames_per_second()
@@ -342,6 +357,7 @@ class Generator:
                 for place, data in enumerate(jpegs)
             ]
             seat.say(head, parts)
+            self.audience.tell(head, parts)
             clip.num_frames += len(jpegs)
 
 

@@ -34,9 +34,11 @@ Count = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
-    """The first message of every connection. ``token``: empty where none is asked for."""
+    """The first message of every connection. ``token``: empty where none is asked for. ``watch``:
+    watch along instead of having the seat; such a page says nothing more but ``shown``."""
 
     token: Annotated[str, Meta(max_length=256)] = ""
+    watch: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"):
@@ -104,7 +106,37 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"
 
 
 class Busy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="busy"):
-    """Somebody else watches; the connection is closed."""
+    """Somebody else has the seat, or too many watch along; the connection is closed. ``may_watch``:
+    there is room to watch along."""
+
+    may_watch: bool
+
+
+class Watching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="watching"):
+    """The page watches along: it gets what the viewer gets, always as JPEGs."""
+
+    fps: int
+    width: int
+    height: int
+
+
+class SeatState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="seat"):
+    """To those who watch along: whether the seat can be taken."""
+
+    is_free: bool
+
+
+class Missed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="missed"):
+    """To one who watches along: so many chunks before the next one were left out, because those
+    before them had not been shown."""
+
+    chunks: int
+
+
+class Watchers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="watchers"):
+    """To the viewer: so many watch along."""
+
+    count: int
 
 
 class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="started"):
@@ -161,7 +193,21 @@ class Error(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="error"
     message: str
 
 
-Reply = Ready | Busy | Started | Chunk | Switched | Ended | PictureRead | File | Error
+Reply = (
+    Ready
+    | Busy
+    | Watching
+    | SeatState
+    | Missed
+    | Watchers
+    | Started
+    | Chunk
+    | Switched
+    | Ended
+    | PictureRead
+    | File
+    | Error
+)
 # Hands a message over, with the binary ones that belong to it, from any thread.
 Say = Callable[[Reply, Sequence[bytes]], None]
 

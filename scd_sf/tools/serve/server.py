@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -47,6 +47,7 @@ from scd_sf.tools.serve.protocol import (
     Shown,
     Start,
     Started,
+    Watching,
     read_request,
     text_of,
 )
@@ -207,35 +208,28 @@ class Outbox:
         return None if self._is_over else self._waiting.popleft()
 
 
-class Viewer:
-    """One page that has the seat: what it says, and what it gets."""
+class Connection:
+    """One page: sends what waits for it, and hands over what it says. ``take``: raises UserError
+    for what is refused."""
 
-    def __init__(self, service: Service, page: WebSocket, seat: Seat, outbox: Outbox) -> None:
-        self._service, self._page, self._seat, self._outbox = service, page, seat, outbox
-        self._picture: Tensor | None = None
-        self._picture_sha256 = ""
-        self._download: asyncio.Task[None] | None = None
+    def __init__(
+        self, page: WebSocket, outbox: Outbox, take: Callable[[str | bytes], Awaitable[None]]
+    ) -> None:
+        self._page, self._outbox, self._take = page, outbox, take
 
     async def serve(self) -> None:
         """Until the page is gone, breaks a rule or takes nothing any more."""
-        maker, ahead = self._service.generator.maker, self._service.generator.ahead
-        shape, fps = maker.shape, maker.fps
-        self._say(Ready(fps, shape.pixel_width, shape.pixel_height, maker.kept_frames / fps, ahead))
         tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._listen())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (*tasks, self._download):
-                if task is not None:
-                    task.cancel()
+            for task in tasks:
+                task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
                 raise result
         await self._page.close(REFUSED)
-
-    def _say(self, reply: Reply) -> None:
-        self._outbox.put(reply)
 
     async def _send(self) -> None:
         """Until the page leaves too much untaken."""
@@ -254,12 +248,35 @@ class Viewer:
             if not rate.allows():
                 return
             try:
-                if (data := message.get("bytes")) is not None:
-                    await self._take_picture(data)
-                else:
-                    self._obey(read_request(message["text"]))
+                data = message.get("bytes")
+                await self._take(message["text"] if data is None else data)
             except UserError as error:
-                self._say(Error(str(error)))
+                self._outbox.put(Error(str(error)))
+
+
+class Viewer:
+    """The page that has the seat: what it says."""
+
+    def __init__(self, service: Service, seat: Seat, outbox: Outbox) -> None:
+        self._service, self._seat, self._outbox = service, seat, outbox
+        self._picture: Tensor | None = None
+        self._picture_sha256 = ""
+        self._download: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """Ends what is still being made for the page."""
+        if self._download is not None:
+            self._download.cancel()
+
+    def _say(self, reply: Reply) -> None:
+        self._outbox.put(reply)
+
+    async def take(self, message: str | bytes) -> None:
+        """UserError: it is refused."""
+        if isinstance(message, bytes):
+            await self._take_picture(message)
+        else:
+            self._obey(read_request(message))
 
     async def _take_picture(self, data: bytes) -> None:
         """The picture that the next clips may begin with. UserError: none that can be read."""
@@ -344,28 +361,67 @@ class Service:
 
     async def _welcome(self, page: WebSocket) -> None:
         """One connection from its hello to its end."""
-        if not await self._may_enter(page):
+        hello = await self._hello(page)
+        if hello is None:
             await page.close(REFUSED)
             return
         outbox = Outbox()
+        is_served = await (self._watch if hello.watch else self._view)(page, outbox)
+        if not is_served:
+            await page.send_text(text_of(Busy(self.generator.audience.has_room)))
+            await page.close(BUSY)
+
+    async def _view(self, page: WebSocket, outbox: Outbox) -> bool:
+        """A viewer until it leaves; False where the seat is taken."""
         seat = self.generator.seat(outbox.put)
         if seat is None:
-            await page.send_text(text_of(Busy()))
-            await page.close(BUSY)
-            return
+            return False
+        maker = self.generator.maker
+        shape, seconds = maker.shape, maker.kept_frames / maker.fps
+        size = (shape.pixel_width, shape.pixel_height)
+        outbox.put(Ready(maker.fps, *size, seconds, self.generator.ahead))
+        if len(self.generator.audience):
+            self.generator.count_watchers()
+        viewer = Viewer(self, seat, outbox)
         try:
-            await Viewer(self, page, seat, outbox).serve()
+            await Connection(page, outbox, viewer.take).serve()
         finally:
+            viewer.close()
             self.generator.leave(seat)
+        return True
 
-    async def _may_enter(self, page: WebSocket) -> bool:
-        """Whether the page says hello in time, with the token."""
+    async def _watch(self, page: WebSocket, outbox: Outbox) -> bool:
+        """One who watches along until it leaves; False where there are too many."""
+        maker, audience = self.generator.maker, self.generator.audience
+        size = (maker.shape.pixel_width, maker.shape.pixel_height)
+        watcher = audience.join(outbox.put, Watching(maker.fps, *size))
+        if watcher is None:
+            return False
+
+        async def take(message: str | bytes) -> None:
+            request = read_request(message) if isinstance(message, str) else None
+            if not isinstance(request, Shown):
+                raise UserError("who watches along changes nothing; take the seat when it is free")
+            audience.shown(watcher, request.chunk)
+
+        self.generator.count_watchers()
+        try:
+            await Connection(page, outbox, take).serve()
+        finally:
+            audience.leave(watcher)
+            self.generator.count_watchers()
+        return True
+
+    async def _hello(self, page: WebSocket) -> Hello | None:
+        """What the page says first; None unless it is a hello, in time, with the token."""
         try:
             text = await asyncio.wait_for(page.receive_text(), HELLO_SECONDS)
             hello = read_request(text)
         except (TimeoutError, KeyError, UserError):
-            return False
-        return isinstance(hello, Hello) and (not self._token or is_token(hello.token, self._token))
+            return None
+        if not isinstance(hello, Hello):
+            return None
+        return hello if not self._token or is_token(hello.token, self._token) else None
 
 
 async def page_file(request: HttpRequest) -> Response:

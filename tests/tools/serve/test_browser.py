@@ -146,6 +146,35 @@ def test_busy_a_cut_and_a_phone(live: Live, browser: Browser) -> None:
     visit.context.close()
 
 
+def test_a_second_page_watches_along(live: Live, browser: Browser) -> None:
+    """The button shows the viewer's frames; when the viewer leaves, the seat can be taken."""
+    url = f"http://127.0.0.1:{live.port}/"
+    viewer = Visit(browser, url)
+    viewer.until("document.body.dataset.ready === 'true'")
+    viewer.page.locator("#prompt").fill(HOSTILE)
+    viewer.page.locator("#start").click()
+    viewer.until(f"{FRAME} >= 4")
+    visit = Visit(browser, url, 390, 844)
+    visit.until(f"{MESSAGE}.startsWith('Somebody else')")
+    visit.page.locator("#watch").click()
+    visit.until("window.frames_shown.length > 12")
+    assert visit.ask(SAID) == f"seed 0: {HOSTILE}" and visit.ask("window.hit") is None
+    shown = visit.ask("window.frames_shown")
+    assert shown == list(range(shown[0], shown[0] + len(shown))) and shown[0] > 0
+    assert visit.ask("document.getElementById('start').disabled")
+    assert visit.ask("document.documentElement.scrollWidth <= window.innerWidth")
+    viewer.until("document.getElementById('watchers').textContent === '1 watch along'")
+    viewer.context.close()
+    visit.until("!document.getElementById('take').hidden")
+    visit.page.locator("#take").click()
+    visit.until("document.body.dataset.ready === 'true'")
+    visit.ask("window.frames_shown.length = 0")
+    visit.page.locator("#start").click()
+    visit.until("window.frames_shown.length > 4 && window.frames_shown[0] === 0")
+    assert visit.complaints == []
+    visit.context.close()
+
+
 def test_the_token_is_taken_from_the_fragment(live: Live, browser: Browser) -> None:
     url = f"http://127.0.0.1:{live.token_port}/"
     without = Visit(browser, url)

@@ -30,6 +30,7 @@ from scd_sf.cli import serve
 from scd_sf.data.clips import read_video
 from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
+from scd_sf.tools.serve.audience import BEHIND, MOST_WATCHERS
 from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat, jpeg
 from scd_sf.tools.serve.protocol import MOST_PICTURE, Reply, Start
 from scd_sf.tools.serve.recording import Recording
@@ -283,6 +284,93 @@ def test_one_viewer_and_a_cut(live: Live) -> None:
     first.socket.close()
 
 
+WATCHERS_MAY_NOT = [
+    "nonsense",
+    b"a picture",
+    '{"type": "start", "prompt": "a", "seed": 1}',
+    '{"type": "prompt", "prompt": "a"}',
+    '{"type": "pause", "on": true}',
+    '{"type": "download"}',
+    '{"type": "hello", "token": ""}',
+]
+
+
+def test_watching_along(live: Live) -> None:
+    """A watcher gets the viewer's chunks, prompts and switches from where it came in; nothing it
+    says changes the clip; one that shows nothing misses whole chunks, and slows nobody."""
+    ahead = live.generator.ahead
+    with seated(live) as viewer:
+        viewer.say(type="start", prompt=MEADOW, seed=9)
+        viewer.expect("started")
+        jpegs = [data for _ in range(ahead) for _, data in viewer.chunk()[1]]
+        with Talk(live.port) as page:
+            assert page.expect("busy")["may_watch"] is True
+        with Talk(live.port, watch=True) as watcher:
+            size = {"fps": 16, "width": 32, "height": 32}
+            assert watcher.expect("watching") == {"type": "watching", **size}
+            assert watcher.expect("seat")["is_free"] is False
+            assert watcher.expect("started")["prompt"] == MEADOW
+            assert viewer.expect("watchers")["count"] == 1
+            for message in WATCHERS_MAY_NOT:
+                watcher.socket.send(message)
+                watcher.expect("error")
+            viewer.say(type="shown", chunk=1)
+            for number in range(2, 2 + BEHIND):
+                head, frames = viewer.chunk()
+                assert watcher.chunk() == (head, frames) and head["chunk"] == ahead + number - 1
+                jpegs += [data for _, data in frames]
+                viewer.say(type="shown", chunk=number)
+            for number in range(2 + BEHIND, 4 + BEHIND):  # two that the watcher misses
+                jpegs += [data for _, data in viewer.chunk()[1]]
+                if number == 2 + BEHIND:
+                    viewer.say(type="shown", chunk=number)
+            watcher.say(type="shown", chunk=ahead + BEHIND)
+            time.sleep(0.2)  # until it is heard
+            switch = len(jpegs)
+            viewer.say(type="prompt", prompt=HALL)
+            viewer.say(type="shown", chunk=3 + BEHIND)
+            switched = viewer.expect("switched")
+            head, frames = viewer.chunk()
+            assert switched["frame"] == head["first"] == switch
+            assert watcher.expect("switched") == switched
+            assert watcher.expect("missed")["chunks"] == 2
+            assert watcher.chunk() == (head, frames)
+            jpegs += [data for _, data in frames]
+            assert jpegs == made(live, head["chunk"], MEADOW, 9, changes={switch: HALL})
+            with Talk(live.port, watch=True) as late:
+                told = [late.hear() for _ in range(4)]
+                kinds = [message["type"] for message in told if isinstance(message, dict)]
+                assert kinds == ["watching", "seat", "started", "switched"]
+            viewer.say(type="start", prompt=HALL, seed=10)
+            assert watcher.expect("started")["seed"] == 10
+            assert [data for _, data in watcher.chunk()[1]] == made(live, 1, HALL, 10)
+            viewer.socket.close()
+            while (message := watcher.hear()) and not (
+                isinstance(message, dict) and message["type"] == "seat"
+            ):
+                pass
+            assert message == {"type": "seat", "is_free": True}
+            with seated(live):
+                assert watcher.expect("seat")["is_free"] is False
+
+
+def test_an_audience_is_bounded(live: Live) -> None:
+    with contextlib.ExitStack() as stack:
+        watchers = [stack.enter_context(Talk(live.port, watch=True)) for _ in range(MOST_WATCHERS)]
+        for watcher in watchers:
+            watcher.expect("watching")
+        with Talk(live.port, watch=True) as page:
+            assert page.expect("busy")["may_watch"] is False
+            with pytest.raises(ConnectionClosed) as closed:
+                page.hear()
+            assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+        watchers[0].socket.close()
+        until(lambda: live.generator.audience.has_room)
+        with Talk(live.port, watch=True) as page:
+            page.expect("watching")
+    until(lambda: len(live.generator.audience) == 0)
+
+
 def test_foreign_names_and_pages_are_refused(live: Live) -> None:
     port = live.port
     for origin in ("http://evil.example", f"http://localhost:{port}", "null", None):
@@ -320,6 +408,10 @@ def test_the_token(live: Live, capfd: pytest.CaptureFixture[str]) -> None:
                 page.say(type="start", prompt="", seed=0)
             page.hear()
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+        with Talk(live.token_port, token, watch=True) as page, pytest.raises(ConnectionClosed):
+            if token is None:
+                page.say(type="hello", watch=True)
+            page.hear()
     with contextlib.closing(seated(live).socket), Talk(live.token_port, TOKEN) as page:
         page.expect("busy")
     said = capfd.readouterr()

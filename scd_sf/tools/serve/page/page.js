@@ -7,6 +7,8 @@ const stage = at("picture").getContext("2d");
 const waits = [1, 2, 4, 8]; // seconds before it connects again
 
 let socket = null, ready = null, tries = 0, fileName = "", token = "";
+let watching = false; // watches along, or wants to: the clip is another page's
+let again = 0; // the timer until it connects again
 let playing = false, paused = false, hasPicture = false;
 let clip = 0; // counts the clips of this page: pictures of an earlier one are not shown
 let buffer = []; // frames that wait: {frame, chunk, bitmap (a promise)}
@@ -27,13 +29,17 @@ function takeToken() {
   token = given || sessionStorage.getItem("token") || "";
 }
 
-function connect() {
+function connect(watch = watching) {
+  watching = watch;
+  clearTimeout(again);
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
   socket = new WebSocket(`${scheme}//${location.host}/live`);
   socket.binaryType = "arraybuffer";
-  socket.onopen = () => send({ type: "hello", token });
+  socket.onopen = () => send({ type: "hello", token, watch });
   socket.onmessage = (event) => typeof event.data === "string" ? hear(JSON.parse(event.data)) : take(event.data);
   socket.onclose = (event) => {
+    at("take").hidden = true;
+    at("watchers").textContent = "";
     const wasReady = ready !== null;
     ready = null;
     reset();
@@ -41,25 +47,60 @@ function connect() {
     hasPicture = false;
     buttons();
     const wait = waits[Math.min(tries++, waits.length - 1)];
-    if (event.code === 1013) message("Somebody else is watching. This page tries again by itself.");
+    if (event.code === 1013 && watching) {
+      message("Too many watch along. This page waits for the seat.");
+      watching = false;
+    } else if (event.code === 1013) message("Somebody else is watching. This page tries again by itself.");
     else if (event.code === 1008 && !wasReady) {
       message("Refused: open the whole address that the server printed, with its token.");
       return;
     } else message("The connection is gone. This page tries again by itself.");
-    setTimeout(connect, (event.code === 1013 ? waits.at(-1) : wait) * 1000);
+    again = setTimeout(() => connect(), (event.code === 1013 ? waits.at(-1) : wait) * 1000);
   };
 }
 
+// another connection, for another part: with the seat, or watching along
+function connectAs(watch) {
+  if (socket) {
+    socket.onopen = socket.onclose = socket.onmessage = null;
+    socket.close();
+  }
+  ready = null;
+  reset();
+  playing = hasPicture = false;
+  at("watch").hidden = at("take").hidden = true;
+  at("watchers").textContent = "";
+  message("Connecting ..");
+  said("");
+  buttons();
+  connect(watch);
+}
+
 function hear(reply) {
-  if (reply.type === "ready") {
+  if (reply.type === "ready" || reply.type === "watching") {
     ready = reply;
     tries = 0;
+    at("watch").hidden = true;
     at("picture").width = reply.width;
     at("picture").height = reply.height;
     at("picture").classList.toggle("small", reply.width < 320);
-    at("prompt").maxLength = reply.most_prompt;
-    message("Type a prompt and press Start.");
-    document.body.dataset.ready = "true";
+    message(watching ? "You watch along. Nothing plays yet." : "Type a prompt and press Start.");
+    if (!watching) {
+      at("prompt").maxLength = reply.most_prompt;
+      document.body.dataset.ready = "true";
+    }
+  } else if (reply.type === "busy") {
+    at("watch").hidden = !reply.may_watch;
+  } else if (reply.type === "seat") {
+    at("take").hidden = !reply.is_free;
+    if (reply.is_free) {
+      playing = false;
+      said("Nobody has the seat: take it, or wait for the next clip.");
+    }
+  } else if (reply.type === "missed") {
+    said(`This page is slower than the video: ${reply.chunks} chunks were left out.`);
+  } else if (reply.type === "watchers") {
+    at("watchers").textContent = reply.count ? `${reply.count} watch along` : "";
   } else if (reply.type === "started") {
     reset();
     playing = true;
@@ -140,16 +181,17 @@ function tell(now) {
 }
 
 function buttons() {
-  at("start").disabled = !ready;
-  at("start").textContent = playing ? "Restart" : "Start";
-  at("change").disabled = at("pause").disabled = !ready || !playing;
-  at("download").disabled = !ready || !playing && at("frame").textContent === "0";
+  const mine = ready && !watching;
+  at("start").disabled = at("file").disabled = !mine;
+  at("start").textContent = playing && mine ? "Restart" : "Start";
+  at("change").disabled = at("pause").disabled = !mine || !playing;
+  at("download").disabled = !mine || !playing && at("frame").textContent === "0";
   at("pause").textContent = paused ? "Go on" : "Pause";
   at("without").hidden = !hasPicture;
 }
 
 function start() {
-  if (!ready) return;
+  if (!ready || watching) return;
   const seed = Math.min(Math.max(Math.trunc(Number(at("seed").value)) || 0, 0), Number.MAX_SAFE_INTEGER);
   at("seed").value = seed;
   if (!playing) message("Making the first frame ..");
@@ -157,12 +199,12 @@ function start() {
 }
 
 function change() {
-  if (playing) send({ type: "prompt", prompt: at("prompt").value });
+  if (playing && !watching) send({ type: "prompt", prompt: at("prompt").value });
   else start();
 }
 
 function pause() {
-  if (!playing) return;
+  if (!playing || watching) return;
   paused = !paused;
   send({ type: "pause", on: paused });
   buttons();
@@ -170,7 +212,7 @@ function pause() {
 
 async function upload() {
   const file = at("file").files[0];
-  if (!file || !ready) return;
+  if (!file || !ready || watching) return;
   if (file.size > ready.most_picture) {
     said(`The picture is larger than ${ready.most_picture} bytes; choose a smaller one.`);
     return;
@@ -181,6 +223,8 @@ async function upload() {
 
 at("controls").addEventListener("submit", (event) => { event.preventDefault(); change(); });
 at("start").addEventListener("click", start);
+at("watch").addEventListener("click", () => connectAs(true));
+at("take").addEventListener("click", () => connectAs(false));
 at("pause").addEventListener("click", pause);
 at("download").addEventListener("click", () => { said("Making the file .."); send({ type: "download" }); });
 at("file").addEventListener("change", upload);
