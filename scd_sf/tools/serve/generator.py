@@ -9,7 +9,6 @@ the thread, and nothing piles up.
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections import deque
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from scd_sf.data.start import check_start
@@ -28,6 +26,7 @@ from scd_sf.models.build import Student
 from scd_sf.models.wan.text import TextEncoder
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae
 from scd_sf.tools.serve.audience import Audience
+from scd_sf.tools.serve.pictures import H264, Codec, Picture, jpeg
 from scd_sf.tools.serve.protocol import (
     Chunk,
     Ended,
@@ -90,13 +89,14 @@ class ClipRequest:
 class Seat:
     """The viewer's connection as the thread sees it: what was said to it, and what it wants. Chunks
     count from 1 over all clips of the seat: those ``begun``, of which so many were ``made`` and
-    sent, and ``shown``."""
+    sent, and ``shown``. ``h264``: the stream that its pictures are in; None: they are JPEGs."""
 
     say: Say
     begun: int = 0
     made: int = 0
     shown: int = 0
     is_paused: bool = False
+    h264: H264 | None = None
     wanted: ClipRequest | None = None
     prompt: str | None = None
     clip: ClipRequest | None = None
@@ -130,12 +130,18 @@ class ChunkLatents:
 
 class Generator:
     """Clips for one viewer at a time, made in a thread of its own. ``at_end`` is called in the
-    thread when it ends, by :meth:`stop` or by ``failure``, that of either stage."""
+    thread when it ends, by :meth:`stop` or by ``failure``, that of either stage. ``h264``: what
+    WebCodecs calls its H.264; empty: it has none, for the reason ``no_h264``."""
 
     def __init__(self, maker: ClipMaker, at_end: Callable[[], None] = lambda: None) -> None:
         self.maker = maker
         self.ahead = AHEAD_IN_A_PIPELINE if maker.overlap else AHEAD
         self.failure: BaseException | None = None
+        self.h264 = self.no_h264 = ""
+        try:
+            self.h264 = self._new_h264().name()
+        except UserError as error:
+            self.no_h264 = str(error)
         self.audience = Audience()
         self._at_end = at_end
         self._seat: Seat | None = None
@@ -201,6 +207,16 @@ class Generator:
             seat.is_paused = on
             self._changed.notify_all()
 
+    def use_codec(self, seat: Seat, codec: Codec) -> None:
+        """From the next chunk on. UserError: there is no such codec here."""
+        stream = self._new_h264() if codec == "h264" else None
+        with self._changed:
+            seat.h264 = stream
+
+    def _new_h264(self) -> H264:
+        shape = self.maker.shape
+        return H264(shape.pixel_width, shape.pixel_height, self.maker.fps)
+
     def shown(self, seat: Seat, chunk: int) -> None:
         """UserError: a chunk that was not made yet."""
         with self._changed:
@@ -253,6 +269,7 @@ class Generator:
             # what is left of the clip before is void, here and on the page
             seat.begun = seat.shown = seat.made
             seat.recording = Recording(self.maker.kept_frames)
+            seat.h264 = None if seat.h264 is None else self._new_h264()
             return Clip(seat, request, self.maker.decoder.stream(), Speeds())
 
     def _is_over(self, clip: Clip) -> bool:
@@ -324,7 +341,7 @@ class Generator:
 
     def _show(self, clip: Clip, chunk: ChunkLatents) -> None:
         """A chunk's pixels and pictures, recorded and sent."""
-        maker, seat = self.maker, clip.seat
+        seat, stream = clip.seat, clip.seat.h264
         if self._is_over(clip):
             return
         began = time.monotonic()
@@ -337,9 +354,11 @@ class Generator:
                 clip.is_broken = True
                 self._changed.notify_all()
             return
-        jpegs = [jpeg(picture, maker.quality) for picture in pictures]
+        needs_jpegs = stream is None or len(self.audience) > 0
+        jpegs = self._jpegs(pictures) if needs_jpegs else []
+        sent = jpegs if stream is None else [stream.encode(picture) for picture in pictures]
         now = time.monotonic()
-        clip.speeds.add(len(jpegs), chunk.seconds, now - began)
+        clip.speeds.add(len(pictures), chunk.seconds, now - began)
         clip.first_seconds = clip.first_seconds or now - clip.request.since
         with self._changed:
             if self._is_over(clip):
@@ -351,14 +370,19 @@ class Generator:
             seat.made += 1
             seat.recording.add(pictures)
             speeds = clip.speeds.frames_per_second()
-            head = Chunk(seat.made, first, len(jpegs), *speeds, clip.first_seconds)
-            parts = [
-                frame_of(first + place, seat.made, maker.fps, data)
-                for place, data in enumerate(jpegs)
-            ]
-            seat.say(head, parts)
-            self.audience.tell(head, parts)
-            clip.num_frames += len(jpegs)
+            head = Chunk(seat.made, first, len(pictures), *speeds, clip.first_seconds)
+            seat.say(head, self._frames(first, seat.made, sent))
+            self.audience.tell(head, self._frames(first, seat.made, jpegs))
+            clip.num_frames += len(pictures)
+
+    def _jpegs(self, pictures_F3HW: Tensor) -> list[Picture]:
+        return [jpeg(picture, self.maker.quality) for picture in pictures_F3HW]
+
+    def _frames(self, first: int, chunk: int, pictures: list[Picture]) -> list[bytes]:
+        fps = self.maker.fps
+        return [
+            frame_of(first + place, chunk, fps, picture) for place, picture in enumerate(pictures)
+        ]
 
 
 class Speeds:
@@ -373,11 +397,3 @@ class Speeds:
     def frames_per_second(self) -> tuple[float, float]:
         frames, dit, other = (sum(column) for column in zip(*self._recent, strict=True))
         return frames / max(dit, 1e-9), frames / max(other, 1e-9)
-
-
-def jpeg(picture_3HW: Tensor, quality: int) -> bytes:
-    """A picture (3, H, W) uint8 as JPEG."""
-    file = io.BytesIO()
-    pixels = picture_3HW.permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    return file.getvalue()

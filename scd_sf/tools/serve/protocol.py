@@ -2,7 +2,7 @@
 
 Both send JSON objects with a ``type``; the page's are read strictly (unknown types and fields are
 refused). A binary message of the page is a start picture. A binary message of the server is a
-frame, 16 bytes (:data:`HEADER`) and a JPEG; or, right after the JSON message ``file``, a file.
+frame, 16 bytes (:data:`HEADER`) and its picture; or, right after the JSON message ``file``, a file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from scd_sf.tools.serve.pictures import Codec, Picture
 from scd_sf.types import UserError
 
-# Frame of its clip from 0, chunk of its connection from 1, microseconds from the clip's beginning
-# to the time at which the frame is shown.
+# Frame of its clip from 0; chunk of its connection from 1; microseconds from the clip's beginning to
+# the time at which the frame is shown, and in their highest byte flags (none: a JPEG).
 HEADER = struct.Struct(">IIQ")
+IS_H264, IS_KEY = 1, 2  # flags: H.264, Annex B; one of its key frames
+FLAGS_SHIFT = 56
 MOST_TEXT = 16 * 1024  # bytes of a JSON message
 MOST_PICTURE = 8 * 2**20  # bytes of a start picture; larger messages are refused unread
 MOST_PROMPT = 2000  # characters
@@ -71,7 +74,14 @@ class Download(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dow
     """The kept frames as an mp4 with its manifest, please."""
 
 
-Request = Hello | Start | ChangePrompt | Pause | Shown | Download
+class UseCodec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="codec"):
+    """Pictures in this codec from the next chunk on, which are JPEGs unless this is said. A stream of
+    H.264 begins with every clip and every ``codec``."""
+
+    codec: Codec
+
+
+Request = Hello | Start | ChangePrompt | Pause | Shown | Download | UseCodec
 _reader = msgspec.json.Decoder(Request)
 
 
@@ -94,13 +104,16 @@ def read_request(text: str) -> Request:
 
 
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
-    """The seat is the page's. ``seconds``: of the last frames that can be downloaded."""
+    """The seat is the page's. ``seconds``: of the last frames that can be downloaded. ``h264``: what
+    WebCodecs calls the H.264 that the page may ask for; empty: none, for the reason ``no_h264``."""
 
     fps: int
     width: int
     height: int
     seconds: float
     ahead: int
+    h264: str
+    no_h264: str
     most_prompt: int = MOST_PROMPT
     most_picture: int = MOST_PICTURE
 
@@ -148,7 +161,7 @@ class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="star
 
 class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk"):
     """Comes before the ``frames`` frames of a chunk, of which ``first`` is the first. Figures: pixel
-    frames per second of the DiT and of the VAE with the JPEGs, each while it works, over the last
+    frames per second of the DiT and of the VAE with the pictures, each while it works, over the last
     chunks; seconds from the request to the clip's first chunk."""
 
     chunk: int
@@ -217,6 +230,9 @@ def text_of(reply: Reply) -> str:
     return msgspec.json.encode(reply).decode()
 
 
-def frame_of(frame: int, chunk: int, fps: int, jpeg: bytes) -> bytes:
+def frame_of(frame: int, chunk: int, fps: int, picture: Picture) -> bytes:
     """A frame as it is sent."""
-    return HEADER.pack(frame, chunk, frame * 1_000_000 // fps) + jpeg
+    flags = 0
+    if picture.codec == "h264":
+        flags = IS_H264 | (IS_KEY if picture.is_key else 0)
+    return HEADER.pack(frame, chunk, flags << FLAGS_SHIFT | frame * 1_000_000 // fps) + picture.data

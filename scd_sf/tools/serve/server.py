@@ -47,6 +47,7 @@ from scd_sf.tools.serve.protocol import (
     Shown,
     Start,
     Started,
+    UseCodec,
     Watching,
     read_request,
     text_of,
@@ -302,6 +303,8 @@ class Viewer:
                 generator.change_prompt(seat, request.prompt)
             case Pause():
                 generator.pause(seat, request.on)
+            case UseCodec():
+                generator.use_codec(seat, request.codec)
             case Shown():
                 generator.shown(seat, request.chunk)
             case Download():
@@ -379,7 +382,8 @@ class Service:
         maker = self.generator.maker
         shape, seconds = maker.shape, maker.kept_frames / maker.fps
         size = (shape.pixel_width, shape.pixel_height)
-        outbox.put(Ready(maker.fps, *size, seconds, self.generator.ahead))
+        codecs = (self.generator.h264, self.generator.no_h264)
+        outbox.put(Ready(maker.fps, *size, seconds, self.generator.ahead, *codecs))
         if len(self.generator.audience):
             self.generator.count_watchers()
         viewer = Viewer(self, seat, outbox)
@@ -479,6 +483,8 @@ def run_server(cfg: ServeConfig) -> None:
         service = Service(generator, record, token, cfg.crf)
         server = web_server(service.app(Names(cfg.host, port, cfg.names)))
         generator.start()
+        if generator.no_h264:
+            say(f"pictures are JPEGs alone: {generator.no_h264}")
         is_own = token and not os.environ.get("SCD_SERVE_TOKEN")
         shown_host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         say(f"open http://{shown_host}:{port}/{f'#{token}' if is_own else ''}  (Ctrl-C ends it)")

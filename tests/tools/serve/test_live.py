@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import serve_world
@@ -31,8 +32,9 @@ from scd_sf.data.clips import read_video
 from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
 from scd_sf.tools.serve.audience import BEHIND, MOST_WATCHERS
-from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat, jpeg
-from scd_sf.tools.serve.protocol import MOST_PICTURE, Reply, Start
+from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
+from scd_sf.tools.serve.pictures import KEY_SECONDS, jpeg, nal_units
+from scd_sf.tools.serve.protocol import FLAGS_SHIFT, IS_H264, IS_KEY, MOST_PICTURE, Reply, Start
 from scd_sf.tools.serve.recording import Recording
 from scd_sf.tools.serve.safety import Names, Rate, choose_token
 from scd_sf.tools.serve.server import ServeConfig, start_picture
@@ -63,7 +65,7 @@ def made(live: Live, frames: int, prompt: str, seed: int, **options: Any) -> lis
         changes=changes,
         **options,
     )
-    return [jpeg(picture, maker.quality) for part in parts for picture in as_uint8(part[0])]
+    return [jpeg(picture, maker.quality).data for part in parts for picture in as_uint8(part[0])]
 
 
 def seated(live: Live) -> Talk:
@@ -448,6 +450,83 @@ def test_a_recording_is_bounded() -> None:
     kept = by_frames.kept()
     assert len(kept.chunks) == 3 and kept.first == 4 * 1997 and len(kept.changes) == 1000
     assert kept.lost_changes == 1000 and len(by_bytes.kept().chunks) == 3
+
+
+def decode(stream: list[bytes]) -> torch.Tensor:
+    """Frames (F, 3, H, W) of pictures of an H.264 stream, none of which waits for the next."""
+    context = av.VideoCodecContext.create("h264", "r")
+    context.thread_count, context.flags = 1, av.codec.context.Flags.low_delay
+    pictures = []
+    for data in stream:
+        (frame,) = context.decode(av.Packet(data))
+        assert isinstance(frame, av.VideoFrame)
+        pictures.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
+    return torch.stack(pictures)
+
+
+def test_h264(live: Live) -> None:
+    """A stream begins with a key frame, with every clip and every change of the codec; its pictures
+    are those of generate(), with their numbers and times; watchers get JPEGs all the same."""
+    with seated(live) as viewer, Talk(live.port, watch=True) as watcher:
+        assert [watcher.hear() for _ in range(2)][1] == {"type": "seat", "is_free": False}
+        viewer.say(type="codec", codec="vp8")
+        viewer.expect("watchers")
+        assert "vp8" in viewer.expect("error")["message"]
+        viewer.say(type="codec", codec="h264")
+        for seed in (11, 12):
+            viewer.say(type="start", prompt=MEADOW, seed=seed)
+            while (message := viewer.hear()) and not (
+                isinstance(message, dict) and message["type"] == "started"
+            ):
+                pass
+            frames = []
+            for _ in range(10):
+                head, part = viewer.chunk()
+                frames += part
+                viewer.say(type="shown", chunk=head["chunk"])
+            keys = []
+            for place, ((frame, _, tagged), data) in enumerate(frames):
+                flags, microseconds = divmod(tagged, 1 << FLAGS_SHIFT)
+                assert flags & IS_H264 and (frame, microseconds) == (
+                    place,
+                    place * 1_000_000 // 16,
+                )
+                kinds = [unit[0] & 31 for unit in nal_units(data)]
+                assert (kinds[:2] == [7, 8] and 5 in kinds) == bool(flags & IS_KEY)
+                if flags & IS_KEY:
+                    keys.append(place)
+            assert keys == [0, KEY_SECONDS * 16]
+            expected = [Image.open(io.BytesIO(data)) for data in made(live, 10, MEADOW, seed)]
+            pictures = torch.stack(
+                [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in expected]
+            )
+            decoded = decode([data for _, data in frames])
+            difference = (decoded.float() - pictures.float()).abs().mean((1, 2, 3))
+            assert decoded.shape == pictures.shape and float(difference.max()) < 12
+        viewer.say(type="codec", codec="jpeg")
+        last = head["chunk"] + live.generator.ahead
+        while head["chunk"] < last + 1:
+            head, part = viewer.chunk()
+            viewer.say(type="shown", chunk=head["chunk"])
+        assert part[0][0][2] >> FLAGS_SHIFT == 0 and part[0][1].startswith(b"\xff\xd8")
+        viewer.say(type="codec", codec="h264")
+        while not (flags := part[0][0][2] >> FLAGS_SHIFT):
+            head, part = viewer.chunk()
+            viewer.say(type="shown", chunk=head["chunk"])
+        assert flags == IS_H264 | IS_KEY, "another stream"
+        watcher.expect("started")
+        assert watcher.chunk()[1][0][1].startswith(b"\xff\xd8")
+
+
+def test_without_h264(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd sizes, and a PyAV without its encoder: the reason is said, and asking is an error."""
+    odd = replace(live.maker, shape=replace(live.maker.shape, spatial=1, height=33))
+    assert "even sizes" in Generator(odd).no_h264 and Generator(live.maker).h264 == "avc1.42c00a"
+    monkeypatch.setattr(av, "codecs_available", {"h264"})
+    generator = Generator(live.maker)
+    assert generator.h264 == "" and "libx264" in generator.no_h264
+    with pytest.raises(UserError, match="libx264"):
+        generator.use_codec(Watched(generator).seat, "h264")
 
 
 class Gate:

@@ -2,7 +2,9 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
-const HEAD = 16; // bytes before a frame's JPEG: frame, chunk, microseconds (big-endian)
+const HEAD = 16; // bytes before a frame's picture: frame, chunk, flags and microseconds (big-endian)
+const IS_H264 = 1, IS_KEY = 2; // flags
+const LATE = 3000; // milliseconds after which a picture counts as held back by the decoder
 const stage = at("picture").getContext("2d");
 const waits = [1, 2, 4, 8]; // seconds before it connects again
 
@@ -13,7 +15,9 @@ let playing = false, paused = false, hasPicture = false;
 let clip = 0; // counts the clips of this page: pictures of an earlier one are not shown
 let buffer = []; // frames that wait: {frame, chunk, bitmap (a promise)}
 let ends = new Map(); // chunk -> its last frame
-let due = 0, shownTimes = [];
+let due = 0, shownTimes = [], arrivals = []; // arrivals: [time, bytes]
+let config = null, noH264 = ""; // how H.264 is decoded; null: pictures are JPEGs, for this reason
+let decoder = null, decoding = new Map(); // microseconds -> the entry whose picture is decoded
 
 function message(text) { at("message").textContent = text; }
 function said(text) { at("said").textContent = text; }
@@ -85,7 +89,10 @@ function hear(reply) {
     at("picture").height = reply.height;
     at("picture").classList.toggle("small", reply.width < 320);
     message(watching ? "You watch along. Nothing plays yet." : "Type a prompt and press Start.");
+    config = null;
+    noH264 = "watching along";
     if (!watching) {
+      chooseCodec(reply);
       at("prompt").maxLength = reply.most_prompt;
       document.body.dataset.ready = "true";
     }
@@ -128,6 +135,7 @@ function hear(reply) {
 }
 
 function take(data) {
+  arrivals.push([performance.now(), data.byteLength]);
   if (fileName) {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([data], { type: "application/zip" }));
@@ -138,18 +146,87 @@ function take(data) {
     said("Downloaded: the video and its manifest.");
     return;
   }
-  const head = new DataView(data, 0, HEAD);
-  const entry = { frame: head.getUint32(0), chunk: head.getUint32(4), bitmap: null, clip };
-  createImageBitmap(new Blob([new Uint8Array(data, HEAD)], { type: "image/jpeg" })).then((bitmap) => {
+  const head = new DataView(data, 0, HEAD), flags = head.getUint8(8);
+  const entry = { frame: head.getUint32(0), chunk: head.getUint32(4), bitmap: null, clip, h264: (flags & IS_H264) > 0, since: performance.now() };
+  at("codec").textContent = entry.h264 ? "H.264" : `JPEG (${noH264})`;
+  if (!entry.h264) place(entry, new Blob([new Uint8Array(data, HEAD)], { type: "image/jpeg" }));
+  else if (!config) return drop(entry);
+  buffer.push(entry);
+  if (entry.h264) decode(entry, head.getUint32(8) % 2 ** 24 * 2 ** 32 + head.getUint32(12), flags & IS_KEY, new Uint8Array(data, HEAD));
+}
+
+async function place(entry, source) {
+  try {
+    const bitmap = await createImageBitmap(source);
     if (entry.clip === clip) entry.bitmap = bitmap;
     else bitmap.close();
-  }).catch(() => said(`frame ${entry.frame} could not be decoded`));
-  buffer.push(entry);
+  } catch {
+    said(`frame ${entry.frame} could not be decoded`);
+  }
+}
+
+// H.264 where server and browser have it
+async function chooseCodec(server) {
+  let wanted = { codec: server.h264, codedWidth: server.width, codedHeight: server.height, optimizeForLatency: true };
+  noH264 = server.no_h264;
+  if (!noH264 && !window.isSecureContext) noH264 = "no H.264 without https or localhost";
+  else if (!noH264 && !window.VideoDecoder) noH264 = "this browser has no VideoDecoder";
+  if (noH264) return;
+  noH264 = "this browser does not decode H.264";
+  const answer = await VideoDecoder.isConfigSupported(wanted).catch(() => ({ supported: false }));
+  if (!answer.supported || ready !== server) return;
+  config = wanted;
+  send({ type: "codec", codec: "h264" });
+}
+
+function decode(entry, microseconds, isKey, data) {
+  try {
+    if (!decoder) {
+      decoder = new VideoDecoder({
+        output: async (frame) => {
+          const shown = decoding.get(frame.timestamp);
+          decoding.delete(frame.timestamp);
+          if (shown) await place(shown, frame);
+          frame.close();
+        },
+        error: (error) => useJpeg(error.message),
+      });
+      decoder.configure(config);
+    }
+    decoding.set(microseconds, entry);
+    decoder.decode(new EncodedVideoChunk({ type: isKey ? "key" : "delta", timestamp: microseconds, data }));
+  } catch (error) {
+    useJpeg(error.message);
+  }
+}
+
+// JPEGs from the next chunk on; what the decoder still holds is given up
+function useJpeg(reason) {
+  if (!config) return;
+  config = null;
+  noH264 = reason;
+  closeDecoder();
+  send({ type: "codec", codec: "jpeg" });
+  const given = buffer.filter((entry) => entry.h264 && !entry.bitmap);
+  buffer = buffer.filter((entry) => !entry.h264 || entry.bitmap);
+  given.forEach(drop);
+  said(`H.264 failed (${reason}); JPEGs from here on.`);
+}
+
+function drop(entry) {
+  if (ends.get(entry.chunk) === entry.frame) send({ type: "shown", chunk: entry.chunk });
+}
+
+function closeDecoder() {
+  if (decoder && decoder.state !== "closed") decoder.close();
+  decoder = null;
+  decoding = new Map();
 }
 
 function reset() {
   for (const entry of buffer) if (entry.bitmap) entry.bitmap.close();
   buffer = [];
+  closeDecoder();
   ends = new Map();
   clip += 1;
   due = 0;
@@ -158,6 +235,7 @@ function reset() {
 
 function show(now) {
   requestAnimationFrame(show);
+  if (buffer.length && buffer[0].h264 && !buffer[0].bitmap && now - buffer[0].since > LATE) useJpeg("the decoder holds pictures back");
   if (!ready || paused || !buffer.length || !buffer[0].bitmap || now < due) return tell(now);
   // keep the pace while frames are there; after a wait begin it anew
   due = Math.max(due, now - 1000 / ready.fps) + 1000 / ready.fps;
@@ -177,6 +255,8 @@ function show(now) {
 function tell(now) {
   while (shownTimes.length && shownTimes[0] < now - 2000) shownTimes.shift();
   at("ahead").textContent = buffer.length;
+  while (arrivals.length && arrivals[0][0] < now - 2000) arrivals.shift();
+  at("rate").textContent = (arrivals.reduce((sum, [, bytes]) => sum + bytes, 0) / 2000).toFixed(0);
   at("page-fps").textContent = (shownTimes.length / 2).toFixed(1);
 }
 
