@@ -73,7 +73,11 @@ class Talk:
     def __init__(
         self, port: int, token: str | None = "", *, watch: bool = False, **options: Any
     ) -> None:
-        options = {"origin": f"http://{HOST}:{port}", "compression": None} | options
+        options = {
+            "origin": f"http://{HOST}:{port}",
+            "compression": None,
+            "close_timeout": 1,
+        } | options
         self._stack = contextlib.ExitStack()
         connection = connect(f"ws://{HOST}:{port}/live", max_size=None, **options)
         self.socket = self._stack.enter_context(connection)

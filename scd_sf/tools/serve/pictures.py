@@ -24,7 +24,7 @@ from scd_sf.types import UserError
 Codec = Literal["jpeg", "h264"]
 H264_CRF = 20  # of x264's scale: 0 (best) .. 51
 KEY_SECONDS = 2  # between key frames
-BT709 = 1  # in the numbers of ITU-T H.273
+BT709, SRGB = 1, 13  # primaries and transfer, in the numbers of ITU-T H.273
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ class H264:
         context.time_base, context.framerate = Fraction(1, fps), Fraction(fps)
         context.gop_size, context.max_b_frames, context.thread_count = KEY_SECONDS * fps, 0, 1
         context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
-        context.color_primaries = context.color_trc = BT709
+        context.color_primaries, context.color_trc = BT709, SRGB
         context.options = {
             "preset": "veryfast",
             "tune": "zerolatency",
             "profile": "baseline",
             "crf": str(H264_CRF),
+            "sc_threshold": "0",  # key frames at their times alone
         }
         self._context, self._reformatter, self._count = context, VideoReformatter(), 0
 

@@ -38,6 +38,7 @@ from scd_sf.tools.serve.protocol import FLAGS_SHIFT, IS_H264, IS_KEY, MOST_PICTU
 from scd_sf.tools.serve.recording import Recording
 from scd_sf.tools.serve.safety import Names, Rate, choose_token
 from scd_sf.tools.serve.server import ServeConfig, start_picture
+from scd_sf.tools.serve.stage import Streams, ready
 from scd_sf.types import UserError
 
 MEADOW, HALL = "left in meadow", "right in hall"
@@ -107,7 +108,7 @@ def test_what_is_sent_is_what_generate_makes(live: Live) -> None:
                 assert numbers == (frame, number, frame * 1_000_000 // 16)
                 jpegs.append(data)
             assert head["dit_fps"] > 0 and head["vae_fps"] > 0 and head["first_seconds"] > 0
-            if number <= 4:
+            if number <= 6 - live.generator.ahead:
                 page.say(type="shown", chunk=number)
         page.say(type="prompt", prompt=HALL)  # chunk 7 waits for credit
         page.say(type="shown", chunk=6)
@@ -340,8 +341,8 @@ def test_watching_along(live: Live) -> None:
             jpegs += [data for _, data in frames]
             assert jpegs == made(live, head["chunk"], MEADOW, 9, changes={switch: HALL})
             with Talk(live.port, watch=True) as late:
-                told = [late.hear() for _ in range(4)]
-                kinds = [message["type"] for message in told if isinstance(message, dict)]
+                messages = [late.hear() for _ in range(4)]
+                kinds = [message["type"] for message in messages if isinstance(message, dict)]
                 assert kinds == ["watching", "seat", "started", "switched"]
             viewer.say(type="start", prompt=HALL, seed=10)
             assert watcher.expect("started")["seed"] == 10
@@ -357,6 +358,7 @@ def test_watching_along(live: Live) -> None:
 
 
 def test_an_audience_is_bounded(live: Live) -> None:
+    until(lambda: len(live.generator.audience) == 0)
     with contextlib.ExitStack() as stack:
         watchers = [stack.enter_context(Talk(live.port, watch=True)) for _ in range(MOST_WATCHERS)]
         for watcher in watchers:
@@ -600,11 +602,71 @@ def test_a_clip_ends(live: Live, overlap: bool) -> None:
         watched = Watched(generator)
         assert generator.seat(lambda reply, binary: None) is None
         watched.play(0)
-        until(lambda: len(watched.said) == 3)
+        until(lambda: watched.seat.made == 2)
         generator.shown(watched.seat, 2)
         until(lambda: len(watched.said) == 4)
         assert watched.kinds() == ["Started", "Chunk", "Chunk", "Ended"]
         assert watched.frames() == made(live, 2, MEADOW, 0)
+
+
+@pytest.mark.gpu
+def test_streams_of_a_gpu(live: Live) -> None:
+    """The VAE on a stream of its own gives the frames of generate()."""
+    assert live.maker.device.type == "cuda"
+    with generating(replace(live.maker, overlap=True)) as generator:
+        watched = Watched(generator)
+        watched.play(0)
+        for number in range(1, 9):
+            until(lambda number=number: watched.seat.made >= number)  # type: ignore[misc]
+            generator.shown(watched.seat, number)
+        assert watched.frames()[:29] == made(live, 8, MEADOW, 0)
+
+
+def test_streams_wait_for_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a record of the calls: no GPU is here."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device | int) -> None:
+            self.device = torch.device("cuda", torch.device(device).index or 0)
+
+        def wait_stream(self, other: str) -> None:
+            calls.append(f"{self.device} after {other}")
+
+        def wait_event(self, event: str) -> None:
+            calls.append(f"{self.device} after {event}")
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        calls.append(f"on {stream.device}")
+        yield
+        calls.append(f"off {stream.device}")
+
+    class Latents:
+        device = torch.device("cuda", 0)
+
+        def record_stream(self, stream: Stream) -> None:
+            calls.append(f"kept for {stream.device}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the {device} of others")
+    streams = Streams(torch.device("cuda"), torch.device("cuda", 0), torch.device("cuda", 1))
+    assert calls == [f"cuda:{index} after the cuda:{index} of others" for index in (0, 1)]
+    calls.clear()
+    with streams.reading(Latents(), "the latents"):  # type: ignore[arg-type]
+        calls.append("decode")
+    assert calls == [
+        "on cuda:0",
+        "on cuda:1",
+        "cuda:0 after the latents",
+        "kept for cuda:0",
+        "decode",
+        "off cuda:1",
+        "off cuda:0",
+    ]
+    with Streams(torch.device("cpu")).reading(torch.zeros(1), ready(torch.zeros(1))):
+        pass
 
 
 def test_a_chunk_is_decoded_while_the_next_one_is_made(live: Live) -> None:

@@ -148,7 +148,7 @@ function take(data) {
   }
   const head = new DataView(data, 0, HEAD), flags = head.getUint8(8);
   const entry = { frame: head.getUint32(0), chunk: head.getUint32(4), bitmap: null, clip, h264: (flags & IS_H264) > 0, since: performance.now() };
-  at("codec").textContent = entry.h264 ? "H.264" : `JPEG (${noH264})`;
+  at("codec").textContent = entry.h264 ? "H.264" : config ? "JPEG" : `JPEG (${noH264})`;
   if (!entry.h264) place(entry, new Blob([new Uint8Array(data, HEAD)], { type: "image/jpeg" }));
   else if (!config) return drop(entry);
   buffer.push(entry);
@@ -167,7 +167,7 @@ async function place(entry, source) {
 
 // H.264 where server and browser have it
 async function chooseCodec(server) {
-  let wanted = { codec: server.h264, codedWidth: server.width, codedHeight: server.height, optimizeForLatency: true };
+  const wanted = { codec: server.h264, codedWidth: server.width, codedHeight: server.height, optimizeForLatency: true };
   noH264 = server.no_h264;
   if (!noH264 && !window.isSecureContext) noH264 = "no H.264 without https or localhost";
   else if (!noH264 && !window.VideoDecoder) noH264 = "this browser has no VideoDecoder";
@@ -207,9 +207,9 @@ function useJpeg(reason) {
   noH264 = reason;
   closeDecoder();
   send({ type: "codec", codec: "jpeg" });
-  const given = buffer.filter((entry) => entry.h264 && !entry.bitmap);
+  const lost = buffer.filter((entry) => entry.h264 && !entry.bitmap);
   buffer = buffer.filter((entry) => !entry.h264 || entry.bitmap);
-  given.forEach(drop);
+  lost.forEach(drop);
   said(`H.264 failed (${reason}); JPEGs from here on.`);
 }
 
