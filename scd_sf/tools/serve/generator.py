@@ -26,7 +26,7 @@ from scd_sf.models.build import Student
 from scd_sf.models.wan.text import TextEncoder
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae
 from scd_sf.tools.serve.audience import Audience
-from scd_sf.tools.serve.pictures import H264, Codec, Picture, jpeg
+from scd_sf.tools.serve.pictures import H264, Codec, EncodedPicture, jpeg
 from scd_sf.tools.serve.protocol import (
     Chunk,
     Ended,
@@ -104,7 +104,7 @@ class Seat:
 
 
 @dataclass
-class Clip:
+class LiveClip:
     """A clip that is made. ``num_frames``: sent so far; ``first_seconds``: from the request to the
     first of them; ``is_broken``: its pixels could not be made."""
 
@@ -256,7 +256,7 @@ class Generator:
             self._is_stopped = True
             self._changed.notify_all()
 
-    def _next_clip(self) -> Clip | None:
+    def _next_clip(self) -> LiveClip | None:
         """The clip that the viewer wants, which becomes the clip of the seat; None at the end."""
         with self._changed:
             self._changed.wait_for(
@@ -270,14 +270,14 @@ class Generator:
             seat.begun = seat.shown = seat.made
             seat.recording = Recording(self.maker.kept_frames)
             seat.h264 = None if seat.h264 is None else self._new_h264()
-            return Clip(seat, request, self.maker.decoder.stream(), Speeds())
+            return LiveClip(seat, request, self.maker.decoder.stream(), Speeds())
 
-    def _is_over(self, clip: Clip) -> bool:
+    def _is_over(self, clip: LiveClip) -> bool:
         seat = clip.seat
         is_current = self._seat is seat and seat.clip is clip.request and seat.wanted is None
         return self._is_stopped or clip.is_broken or not is_current
 
-    def _may_begin(self, clip: Clip) -> bool:
+    def _may_begin(self, clip: LiveClip) -> bool:
         """Waits for credit, and takes it; False where the clip is over."""
         seat = clip.seat
 
@@ -289,7 +289,7 @@ class Generator:
             seat.begun += 1
             return not self._is_over(clip)
 
-    def _play(self, clip: Clip) -> None:
+    def _play(self, clip: LiveClip) -> None:
         """The first stage: latents, chunk by chunk."""
         maker, seat, request = self.maker, clip.seat, clip.request
         start = None
@@ -329,7 +329,7 @@ class Generator:
 
     # -------------------------------------------------------------------------- the second stage
 
-    def _tell(self, clip: Clip, reply: Reply) -> None:
+    def _tell(self, clip: LiveClip, reply: Reply) -> None:
         """Unless the clip is over: what is said then is about another one."""
         with self._changed:
             if not self._is_over(clip):
@@ -339,7 +339,7 @@ class Generator:
         seat.say(reply, ())
         self.audience.tell(reply)
 
-    def _show(self, clip: Clip, chunk: ChunkLatents) -> None:
+    def _show(self, clip: LiveClip, chunk: ChunkLatents) -> None:
         """A chunk's pixels and pictures, recorded and sent."""
         seat, stream = clip.seat, clip.seat.h264
         if self._is_over(clip):
@@ -375,10 +375,10 @@ class Generator:
             self.audience.tell(head, self._frames(first, seat.made, jpegs))
             clip.num_frames += len(pictures)
 
-    def _jpegs(self, pictures_F3HW: Tensor) -> list[Picture]:
+    def _jpegs(self, pictures_F3HW: Tensor) -> list[EncodedPicture]:
         return [jpeg(picture, self.maker.quality) for picture in pictures_F3HW]
 
-    def _frames(self, first: int, chunk: int, pictures: list[Picture]) -> list[bytes]:
+    def _frames(self, first: int, chunk: int, pictures: list[EncodedPicture]) -> list[bytes]:
         fps = self.maker.fps
         return [
             frame_of(first + place, chunk, fps, picture) for place, picture in enumerate(pictures)

@@ -28,7 +28,7 @@ BT709, SRGB = 1, 13  # primaries and transfer, in the numbers of ITU-T H.273
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncodedPicture:
     """A picture as it is sent. ``is_key``: it needs none before it, as every JPEG."""
 
     data: bytes
@@ -36,12 +36,12 @@ class Picture:
     is_key: bool
 
 
-def jpeg(picture_3HW: Tensor, quality: int) -> Picture:
+def jpeg(picture_3HW: Tensor, quality: int) -> EncodedPicture:
     """A picture (3, H, W) uint8 as JPEG, ``quality`` 1 .. 95."""
     file = io.BytesIO()
     pixels = picture_3HW.permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    return Picture(file.getvalue(), "jpeg", True)
+    return EncodedPicture(file.getvalue(), "jpeg", True)
 
 
 class H264:
@@ -70,7 +70,7 @@ class H264:
         }
         self._context, self._reformatter, self._count = context, VideoReformatter(), 0
 
-    def encode(self, picture_3HW: Tensor) -> Picture:
+    def encode(self, picture_3HW: Tensor) -> EncodedPicture:
         """A picture (3, H, W) uint8."""
         pixels = picture_3HW.permute(1, 2, 0).contiguous().numpy()
         frame = self._reformatter.reformat(
@@ -82,7 +82,7 @@ class H264:
         )
         frame.pts, self._count = self._count, self._count + 1
         (packet,) = self._context.encode(frame)
-        return Picture(bytes(packet), "h264", packet.is_keyframe)
+        return EncodedPicture(bytes(packet), "h264", packet.is_keyframe)
 
     def name(self) -> str:
         """What WebCodecs calls such a stream, as avc1.42c01e: profile, constraints and level, as the

@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from scd_sf.tools.serve.pictures import Codec, Picture
+from scd_sf.tools.serve.pictures import Codec, EncodedPicture
 from scd_sf.types import UserError
 
 # Frame of its clip from 0; chunk of its connection from 1; microseconds from the clip's beginning to
@@ -230,7 +230,7 @@ def text_of(reply: Reply) -> str:
     return msgspec.json.encode(reply).decode()
 
 
-def frame_of(frame: int, chunk: int, fps: int, picture: Picture) -> bytes:
+def frame_of(frame: int, chunk: int, fps: int, picture: EncodedPicture) -> bytes:
     """A frame as it is sent."""
     flags = 0
     if picture.codec == "h264":
