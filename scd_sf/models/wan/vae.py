@@ -1,5 +1,5 @@
 """The video autoencoder: diffusers' ``AutoencoderKLWan`` behind two calls, :meth:`Vae.encode` and
-:meth:`Vae.decode`.
+:meth:`Vae.decode`, and the same bit by bit, :meth:`Vae.encoder_stream` and :meth:`Vae.stream`.
 
 One code path serves Wan 2.1's VAE and the small one of the embedded demo: geometry, channels,
 ``latents_mean`` and ``latents_std`` come from the directory's ``config.json`` (diffusers layout);
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scd_sf.files import foreign, read_json, typed, write_tensors
 from scd_sf.models.sections import choose_section
@@ -127,21 +127,22 @@ class Vae:
     def encode(self, video_BFCHW: Tensor) -> Tensor:
         """Pixels (B, F, 3, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W'), fp32.
         UserError: bad shape."""
-        if video_BFCHW.ndim != 5 or video_BFCHW.shape[2] != 3:
-            raise UserError(
-                f"vae.encode: video has shape {tuple(video_BFCHW.shape)}; it must be (B, F, 3, H, W)"
-            )
+        _check_pixels(video_BFCHW)
         self.geometry.shape(video_BFCHW.shape[1], video_BFCHW.shape[3], video_BFCHW.shape[4])
         parts = []
         for part in video_BFCHW.split(self.slice_size):
-            pixels = (
-                on_device(part, self.device, self.dtype)
-                .transpose(1, 2)
-                .contiguous(memory_format=torch.channels_last_3d)
-            )
-            latents = self.model.encode(pixels, return_dict=False)[0].mean.float()
-            parts.append(self.normalised(latents).transpose(1, 2))
+            latents = self.model.encode(self._network_pixels(part), return_dict=False)[0].mean
+            parts.append(self.normalised(latents.float()).transpose(1, 2))
         return torch.cat(parts)
+
+    def _network_pixels(self, video_BFCHW: Tensor) -> Tensor:
+        """Pixels (B, 3, F, H, W) as the network takes them: on its device, in its dtype."""
+        pixels = on_device(video_BFCHW, self.device, self.dtype).transpose(1, 2)
+        return pixels.contiguous(memory_format=torch.channels_last_3d)
+
+    def encoder_stream(self) -> VaeEncoderStream:
+        """An encoder of one batch of videos whose frames come bit by bit."""
+        return VaeEncoderStream(self)
 
     def stream(self) -> VaeStream:
         """A decoder of one batch of videos whose latents come bit by bit."""
@@ -172,11 +173,8 @@ class VaeStream:
     """
 
     def __init__(self, vae: Vae) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
         self._vae = vae
-        convolutions = [m for m in vae.model.decoder.modules() if isinstance(m, WanCausalConv3d)]
-        self._cache: list[object] = [None] * len(convolutions)
+        self._cache = _empty_cache(vae.model.decoder)
         self._started = False
 
     @torch.no_grad()
@@ -197,6 +195,59 @@ class VaeStream:
 
             pixels = unpatchify(pixels, patch_size=patch)
         return pixels.clamp(-1, 1).float().transpose(1, 2)
+
+
+class VaeEncoderStream:
+    """One batch of videos encoded as their frames arrive: equal to :meth:`Vae.encode` of the whole
+    clip.
+
+    The first pixel frame gives one latent frame, and each ``geometry.temporal`` later ones another.
+    Memory does not grow: what is kept of the past is the last frames that the causal convolutions
+    look back at.
+    """
+
+    def __init__(self, vae: Vae) -> None:
+        self._vae = vae
+        self._cache = _empty_cache(vae.model.encoder)
+        self._started = False
+
+    @torch.no_grad()
+    def push(self, video_BFCHW: Tensor) -> Tensor:
+        """The next pixels (B, F, 3, H, W) in [-1, 1] -> their normalised latents (B, F', C, H',
+        W'), fp32. F is 1 + temporal*k at first and temporal*k later. UserError: any other shape."""
+        vae, group = self._vae, self._vae.geometry.temporal
+        _check_pixels(video_BFCHW)
+        frames, height, width = video_BFCHW.shape[1], *video_BFCHW.shape[3:]
+        if self._started and (not frames or frames % group):
+            raise UserError(f"vae: {frames} further frames; push a multiple of {group}")
+        first = 0 if self._started else 1
+        vae.geometry.shape(frames + 1 - first, height, width)
+        pixels = vae._network_pixels(video_BFCHW)
+        if (patch := vae.model.config["patch_size"]) is not None:
+            from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+            pixels = patchify(pixels, patch_size=patch)
+        parts = []
+        sizes = [1] * first + [group] * ((frames - first) // group)
+        for part in pixels.split(sizes, dim=2):
+            parts.append(vae.model.encoder(part, feat_cache=self._cache, feat_idx=[0]))
+            self._started = True
+        mean = vae.model.quant_conv(torch.cat(parts, dim=2))[:, : vae.geometry.channels]
+        return vae.normalised(mean.float()).transpose(1, 2)
+
+
+def _empty_cache(network: nn.Module) -> list[object]:
+    """What the causal convolutions of an encoder or decoder look back at, at a video's beginning."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    return [None for module in network.modules() if isinstance(module, WanCausalConv3d)]
+
+
+def _check_pixels(video_BFCHW: Tensor) -> None:
+    if video_BFCHW.ndim != 5 or video_BFCHW.shape[2] != 3:
+        raise UserError(
+            f"vae.encode: video has shape {tuple(video_BFCHW.shape)}; it must be (B, F, 3, H, W)"
+        )
 
 
 def load_vae(

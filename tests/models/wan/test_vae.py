@@ -21,7 +21,7 @@ from scd_sf.models.tokenizers.vae_training import (
     whole_decode,
     whole_encode,
 )
-from scd_sf.models.wan.vae import WEIGHTS, Vae, VaeStream, load_vae, save_vae
+from scd_sf.models.wan.vae import WEIGHTS, Vae, VaeEncoderStream, VaeStream, load_vae, save_vae
 from scd_sf.types import UserError
 
 CHANNELS = 4
@@ -349,3 +349,53 @@ def test_a_stream_keeps_nothing_of_the_distant_past(model: AutoencoderKLWan) -> 
             )
         )
     assert sizes[2] == sizes[3] == sizes[4] == sizes[5]
+
+
+SHIPPED = Path(__file__).resolve().parents[3] / "assets" / "wan_doom"
+
+
+@pytest.mark.parametrize("kind", [residual_model, flat_model, None], ids=["wan22", "wan21", "demo"])
+def test_encoded_as_a_stream_equals_encoded_whole(
+    kind: Callable[[], AutoencoderKLWan] | None,
+) -> None:
+    """In groups and in larger pieces; two streams at once and a whole encode between them do not
+    mix. What is kept does not grow."""
+    torch.manual_seed(0)
+    vae = load_vae(SHIPPED) if kind is None else Vae(kind().eval())
+    pixels = video(25)
+    whole, other = vae.encode(pixels), vae.encode(pixels.flip(0) * 0.5)
+    for sizes in ([1] + [4] * 6, [9, 12, 4], [1, 24], [25]):
+        stream, beside, parts, more = vae.encoder_stream(), VaeEncoderStream(vae), [], []
+        kept: list[int] = []
+        for part in pixels.split(sizes, dim=1):
+            parts.append(stream.push(part))
+            more.append(beside.push(part.flip(0) * 0.5))
+            vae.encode(pixels[:, :5])
+            tensors = [held for held in stream._cache if isinstance(held, Tensor)]
+            kept.append(sum(held.untyped_storage().nbytes() for held in tensors))
+        assert [p.shape[1] for p in parts] == [
+            1 + (sizes[0] - 1) // 4,
+            *(n // 4 for n in sizes[1:]),
+        ]
+        assert float((torch.cat(parts, 1) - whole).abs().max()) < 1e-5
+        assert float((torch.cat(more, 1) - other).abs().max()) < 1e-5
+        assert parts[0].dtype == torch.float32 and len(set(kept[2:])) <= 1
+
+
+def test_a_stream_of_frames_is_refused_in_parts_of_groups(model: AutoencoderKLWan) -> None:
+    """What is refused leaves no trace."""
+    vae, pixels = Vae(model), video(9)
+    stream = vae.encoder_stream()
+    with pytest.raises(UserError, match=r"frames is 4; the VAE needs 1 \+ 4\*k frames"):
+        stream.push(pixels[:, :4])
+    first = stream.push(pixels[:, :5])
+    for frames, words in ((1, "1 further frames; push a multiple of 4"), (0, "0 further frames")):
+        with pytest.raises(UserError, match=words):
+            stream.push(pixels[:, :frames])
+    with pytest.raises(UserError, match="height is 12"):
+        stream.push(pixels[:, 5:, :, :12])
+    with pytest.raises(UserError, match=r"must be \(B, F, 3, H, W\)"):
+        stream.push(pixels[:, 5:, :2])
+    torch.testing.assert_close(
+        torch.cat([first, stream.push(pixels[:, 5:])], 1), vae.encode(pixels), atol=1e-5, rtol=1e-5
+    )
