@@ -3,6 +3,9 @@
 
 A student distilled by Self-Forcing must be sampled by :class:`FewStepSampler` with the times it was
 trained with; Euler on it gives noise.
+
+From a video instead of noise (SDEdit): ``x_t = (1 - t) x_0 + t eps`` at one of the sampler's times,
+:func:`first_step`, then the steps from there on.
 """
 
 from __future__ import annotations
@@ -31,6 +34,11 @@ class Sampler(Protocol):
     def name(self) -> str: ...
     @property
     def steps(self) -> int: ...
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The time of each step, falling from 1."""
+        ...
+
     def __call__(
         self,
         velocity: Velocity,
@@ -38,15 +46,34 @@ class Sampler(Protocol):
         noise_like: Noise,
         exit_step: int | None = None,
         on_step: OnStep | None = None,
+        begin: int = 0,
     ) -> Tensor:
         """Pure noise (any shape) -> x_0. ``exit_step``: stop there and return its x_0 estimate,
         with gradients at that step only (Self-Forcing, Algorithm 1). ``on_step``: called after
-        every step, whose result it returns or replaces."""
+        every step, whose result it returns or replaces. ``begin``: the first step; x_T is noisy
+        data of its time then."""
         ...
 
 
 def _unchanged(step: int, t: float, x: Tensor) -> Tensor:
     return x
+
+
+def first_step(sampler: Sampler, strength: float) -> int:
+    """The first step whose time is at most ``strength``, the share of noise that is wanted. Times
+    are compared as they are printed, to four decimals: 0.8333 means 5/6.
+
+    UserError: not above 0 and at most 1, or below every time.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength is {strength}; it must be above 0 and at most 1 (pure noise)")
+    for step, t in enumerate(sampler.times):
+        if round(t, 4) <= round(strength, 4):
+            return step
+    times = ", ".join(f"{t:.4g}" for t in sampler.times[-4:])
+    raise UserError(
+        f"strength is {strength:g}, below all noise levels of the sampler, whose last are {times}; use one of them"
+    )
 
 
 def few_step_times(
@@ -73,6 +100,10 @@ class Euler:
     def name(self) -> str:
         return "euler"
 
+    @property
+    def times(self) -> tuple[float, ...]:
+        return many_step_times(self.steps, self.shift)[:-1]
+
     def __call__(
         self,
         velocity: Velocity,
@@ -80,12 +111,13 @@ class Euler:
         noise_like: Noise,
         exit_step: int | None = None,
         on_step: OnStep | None = None,
+        begin: int = 0,
     ) -> Tensor:
         if exit_step is not None:
             raise UserError("sampler 'euler' has no early exit: stage 3 needs sampler 'renoise'")
         x, seen = x_T, on_step or _unchanged
-        times = many_step_times(self.steps, self.shift)
-        for step, (t, t_next) in enumerate(pairwise(times)):
+        times = many_step_times(self.steps, self.shift)[begin:]
+        for step, (t, t_next) in enumerate(pairwise(times), begin):
             x = seen(step, t, x + (t_next - t) * velocity(x, t))
         return x
 
@@ -119,12 +151,13 @@ class FewStepSampler:
         noise_like: Noise,
         exit_step: int | None = None,
         on_step: OnStep | None = None,
+        begin: int = 0,
     ) -> Tensor:
         last = self.steps - 1 if exit_step is None else exit_step
-        if not 0 <= last < self.steps:
-            raise UserError(f"exit step {last} is outside 0..{self.steps - 1}")
+        if not begin <= last < self.steps:
+            raise UserError(f"exit step {last} is outside {begin}..{self.steps - 1}")
         x, seen = x_T, on_step or _unchanged
-        for step in range(last):
+        for step in range(begin, last):
             t, t_next = self.times[step], self.times[step + 1]
             if exit_step is None:
                 x_0 = x - t * velocity(x, t)
@@ -148,6 +181,10 @@ class UniPC:
     def name(self) -> str:
         return "unipc"
 
+    @property
+    def times(self) -> tuple[float, ...]:
+        return many_step_times(self.steps, self.shift)[:-1]
+
     def __call__(
         self,
         velocity: Velocity,
@@ -155,6 +192,7 @@ class UniPC:
         noise_like: Noise,
         exit_step: int | None = None,
         on_step: OnStep | None = None,
+        begin: int = 0,
     ) -> Tensor:
         if exit_step is not None:
             raise UserError("sampler 'unipc' has no early exit: stage 3 needs sampler 'renoise'")
@@ -165,10 +203,10 @@ class UniPC:
         )
         linear = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)[:-1]
         scheduler.set_timesteps(sigmas=linear.numpy(), device="cpu")
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(begin)
         x, seen = x_T, on_step or _unchanged
-        times = many_step_times(self.steps, self.shift)[:-1]
-        for step, (t, timestep) in enumerate(zip(times, scheduler.timesteps, strict=True)):
+        steps = list(zip(self.times, scheduler.timesteps, strict=True))[begin:]
+        for step, (t, timestep) in enumerate(steps, begin):
             new = scheduler.step(velocity(x, t).to(x.dtype), timestep, x, return_dict=False)[0]
             x = seen(step, t, new)
         return x

@@ -22,6 +22,7 @@ from torch import Tensor
 from scd_sf.diffusion.noise import Noise, generator
 from scd_sf.diffusion.samplers import OnStep, Sampler
 from scd_sf.generation.guided import SampleGuidance, under_guidance
+from scd_sf.generation.inputs import ChunkInput, FromInputs, InputsEnd
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.interface import FrameStreamer, check_chunks
@@ -50,14 +51,16 @@ def generate(
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
     decoder: PixelDecoder | None = None,
+    inputs: Iterable[ChunkInput] | None = None,
 ) -> Iterator[Tensor]:
     """Pixels (B, m, 3, H, W) in [0, 1], as they are made: one frame for the first latent frame,
     ``temporal`` for each later one.
 
     ``shape``: of the whole clip. ``start``: pixels (B, F', 3, H, W) in [0, 1] that the clip begins
     with, F' = 1 + temporal*k; they come first, as the VAE gives them back. ``changes``: other
-    prompts from a pixel frame on. ``decoder``: decodes instead of ``vae``. Other arguments as for
-    :func:`generate_latents`. Raises UserError for samples that are not finite.
+    prompts from a pixel frame on. ``decoder``: decodes instead of ``vae``. ``inputs``: a video that
+    is made anew, see inputs.py. Other arguments as for :func:`generate_latents`. Raises
+    UserError for samples that are not finite.
     """
     latents = clip_latents(
         student,
@@ -72,6 +75,7 @@ def generate(
         changes=changes,
         guidance=guidance,
         null=null,
+        inputs=inputs,
     )
     yield from decoded(decoder or vae, latents)
 
@@ -102,9 +106,11 @@ def clip_latents(
     next_prompt: Callable[[], Conditioning | None] | None = None,
     initial: Tensor | None = None,
     on_step: OnStep | None = None,
+    inputs: Iterable[ChunkInput] | None = None,
 ) -> Iterator[Tensor]:
     """Latents (B, n, C, H, W) of the frames of :func:`generate`: those of ``start`` first, then
-    chunk by chunk. ``next_prompt``, ``initial``, ``on_step``: as for :func:`generate_latents`."""
+    chunk by chunk. ``next_prompt``, ``initial``, ``on_step``, ``inputs``: as for
+    :func:`generate_latents`."""
     history, num_known = None, 0
     if start is not None:
         history = on_device(vae.encode(start * 2 - 1), cond.text_BLE.device)
@@ -129,6 +135,7 @@ def clip_latents(
         next_prompt=next_prompt,
         initial=initial,
         on_step=on_step,
+        inputs=inputs,
     )
 
 
@@ -149,6 +156,7 @@ def generate_latents(
     next_prompt: Callable[[], Conditioning | None] | None = None,
     initial: Tensor | None = None,
     on_step: OnStep | None = None,
+    inputs: Iterable[ChunkInput] | None = None,
 ) -> Iterator[Tensor]:
     """Chunks of latents (B, n, C, H, W) as they are made, on the device of ``cond``.
 
@@ -188,7 +196,7 @@ def generate_latents(
         streamer,
         noise.chunks((size[0], size[1], size[2]), student.chunk, num_known, frames, initial),
         as_stored(cond),
-        sampler,
+        sampler if inputs is None else FromInputs(sampler, iter(inputs)),
         noise.role("step"),
         query_noise=noise.role("query"),
         cache=CacheConfig.sampling(window, sink, frames),
@@ -196,12 +204,19 @@ def generate_latents(
         prompts=prompt_from,
         on_step=on_step,
     )
-    for latents in chunks:
+    for latents in _until_inputs_end(chunks):
         if not latents.isfinite().all():
             raise NotFinite(
                 "samples are not finite; the weights are broken or the sampler is not theirs"
             )
         yield latents
+
+
+def _until_inputs_end(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    try:
+        yield from chunks
+    except InputsEnd:
+        return
 
 
 def clips_of(chunks: Iterable[Tensor]) -> Tensor:

@@ -47,6 +47,10 @@ class CountingSampler:
     def steps(self) -> int:
         return self.inner.steps
 
+    @property
+    def times(self) -> tuple[float, ...]:
+        return self.inner.times
+
     def __call__(
         self,
         velocity: Velocity,
@@ -54,8 +58,9 @@ class CountingSampler:
         noise_like: Noise,
         exit_step: int | None = None,
         on_step: OnStep | None = None,
+        begin: int = 0,
     ) -> Tensor:
-        step = 0
+        step = begin
 
         def counting_velocity(x_t: Tensor, t: float) -> Tensor:
             nonlocal step
@@ -66,7 +71,7 @@ class CountingSampler:
             step += 1
             return out
 
-        x_0 = self.inner(counting_velocity, x_T, noise_like, exit_step, on_step)
+        x_0 = self.inner(counting_velocity, x_T, noise_like, exit_step, on_step, begin)
         self.place.chunk += 1
         return x_0
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
 import tiny
 import torch
+from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from scd_sf.diffusion.samplers import (
     Euler,
     FewStepSampler,
+    Sampler,
     UniPC,
     build_sampler,
     few_step_times,
+    first_step,
     many_step_times,
 )
 from scd_sf.types import UserError
@@ -197,3 +201,80 @@ def test_every_step_is_told_and_its_result_may_be_replaced(name: str) -> None:
         1
     ]
     assert torch.equal(seen[-1][2], plain) and torch.equal(told, plain + 1)
+
+
+# --------------------------------------------------------------------- from a video, not from noise
+
+
+def test_the_first_step_is_the_first_time_at_or_below_the_strength() -> None:
+    few = FewStepSampler()
+    for strength, step in ((1, 0), (0.99, 1), (0.9375, 1), (0.8333, 2), (0.8, 3), (0.625, 3)):
+        assert first_step(few, strength) == step, strength
+    assert first_step(Euler(4, 1.0), 0.3) == 3 and first_step(UniPC(4, 1.0), 0.5) == 2
+    assert few.times == (1.0, 0.9375, 5 / 6, 0.625)
+    assert Euler(4, 1.0).times == UniPC(4, 1.0).times == (1.0, 0.75, 0.5, 0.25)
+    with pytest.raises(UserError, match=r"below all noise levels .* 1, 0.9375, 0.8333, 0.625; use"):
+        first_step(few, 0.6)
+    for strength in (0.0, -1.0, 1.1, math.nan, math.inf):
+        with pytest.raises(UserError, match="above 0 and at most 1"):
+            first_step(few, strength)
+
+
+@pytest.mark.parametrize(
+    "sampler", [FewStepSampler(), Euler(6, 5.0), UniPC(6, 5.0)], ids=lambda sampler: sampler.name
+)
+def test_a_later_beginning_is_the_rest_of_the_steps(sampler: Sampler) -> None:
+    """The model is asked at the later times alone. Samplers without a memory end where a whole run
+    ends that came by the same x."""
+    x_T = torch.randn(3, 4, generator=tiny.generator(0), dtype=torch.float64)
+    asked: list[tuple[float, Tensor]] = []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        asked.append((t, x))
+        return gaussian(x, t)
+
+    seen: list[int] = []
+    whole = sampler(velocity, x_T, zeros)
+    states = list(asked)
+    for begin in (0, 1, sampler.steps - 1):
+        asked.clear()
+        seen.clear()
+        rest = sampler(
+            velocity,
+            states[begin][1],
+            zeros,
+            on_step=lambda step, t, x: [seen.append(step), x][1],
+            begin=begin,
+        )
+        assert [t for t, _ in asked] == list(sampler.times[begin:])
+        assert seen == list(range(begin, sampler.steps))
+        if begin == 0 or not isinstance(sampler, UniPC):
+            assert torch.equal(rest, whole)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.9, 0.5, 0.36])
+def test_unipc_from_a_video_is_diffusers_own(strength: float) -> None:
+    """As WanVideoToVideoPipeline uses its scheduler: noise by ``add_noise`` at the first time, then
+    the steps from a begin index."""
+    sampler = UniPC(10, 5.0)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    linear = torch.linspace(1, 0, 11, dtype=torch.float64)[:-1]
+    scheduler.set_timesteps(sigmas=linear.numpy(), device="cpu")
+    begin = first_step(sampler, strength)
+    assert begin == next(n for n, t in enumerate(sampler.times) if t <= strength)
+    scheduler.set_begin_index(begin)
+    x_0, eps = torch.randn(2, 1, 3, 4, 4, generator=tiny.generator(0))
+    timesteps = scheduler.timesteps[begin:]
+    noisy = x = scheduler.add_noise(x_0, eps, timesteps[:1])
+    for timestep, t in zip(timesteps, sampler.times[begin:], strict=True):
+        x = scheduler.step(gaussian(x, t), timestep, x, return_dict=False)[0]
+    t = sampler.times[begin]
+    torch.testing.assert_close((1 - t) * x_0 + t * eps, noisy, rtol=0, atol=1e-5)
+    assert torch.equal(sampler(gaussian, noisy, zeros, begin=begin), x)
+
+
+def test_an_exit_before_the_beginning_is_refused() -> None:
+    with pytest.raises(UserError, match=r"exit step 1 is outside 2\.\.3"):
+        FewStepSampler()(gaussian, torch.zeros(1), zeros, 1, begin=2)

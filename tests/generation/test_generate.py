@@ -4,6 +4,8 @@ of longer ones."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,18 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.samplers import Euler, FewStepSampler, Sampler
-from scd_sf.generation.generate import ClipNoise, as_stored, clips_of, first_chunk, generate_latents
+from scd_sf.diffusion.noise import Noise
+from scd_sf.diffusion.samplers import Euler, FewStepSampler, OnStep, Sampler, Velocity
+from scd_sf.generation.generate import (
+    ClipNoise,
+    as_stored,
+    clips_of,
+    first_chunk,
+    generate_latents,
+)
 from scd_sf.generation.guided import SampleGuidance
+from scd_sf.generation.inputs import ChunkInput, chunk_inputs
+from scd_sf.models.wan.vae import load_vae
 from scd_sf.types import Conditioning, UserError
 
 SHAPE = (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
@@ -158,6 +169,132 @@ def test_nobody_else_assembles_a_rollout() -> None:
         "scd_sf/tools/gpu/trial.py",
         "recipes/scratch_experiments.py",  # counts block passes on the meta device
     }
+
+
+@dataclass
+class Recorded:
+    """A sampler that keeps where it began, and with what."""
+
+    inner: Sampler
+    began: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def steps(self) -> int:
+        return self.inner.steps
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        return self.inner.times
+
+    def __call__(
+        self,
+        velocity: Velocity,
+        x_T: Tensor,
+        noise_like: Noise,
+        exit_step: int | None = None,
+        on_step: OnStep | None = None,
+        begin: int = 0,
+    ) -> Tensor:
+        self.began.append((begin, x_T))
+        return self.inner(velocity, x_T, noise_like, exit_step, on_step, begin)
+
+
+@families
+def test_a_clip_from_a_video(variant: tiny.Variant) -> None:
+    """Strength 1 is the clip from noise, to the last bit; others begin with (1 - t) x + t eps, eps
+    the noise of the clip. Each chunk has a strength of its own; a single row of latents serves all;
+    the clip ends with its inputs."""
+    cond, n = tiny.prompts(2, dtype=torch.float32), variant.chunk
+    video = tiny.latents(2, 3 * n, seed=5, dtype=torch.float32)
+    parts = video.split(n, dim=1)
+    plain = made(variant, cond, [3, 4])
+
+    def anew(strengths: list[float], sampler: Sampler | None = None, **more: object) -> Tensor:
+        inputs = [ChunkInput(part, s) for part, s in zip(parts, strengths, strict=False)]
+        return made(variant, cond, [3, 4], sampler=sampler, inputs=inputs, **more)
+
+    assert torch.equal(anew([1.0] * 3), plain)
+    mixed = anew([1.0, 0.7, 1.0])
+    assert torch.equal(mixed[:, :n], plain[:, :n])
+    assert float((mixed[:, n : 2 * n] - plain[:, n : 2 * n]).abs().max()) > 1e-3
+    assert torch.equal(anew([0.7, 0.7]), anew([0.7] * 3)[:, : 2 * n])
+    one = [ChunkInput(part[:1], 0.7) for part in parts]
+    both = [ChunkInput(part[:1].expand(2, -1, -1, -1, -1), 0.7) for part in parts]
+    assert torch.equal(
+        made(variant, cond, [3, 4], inputs=one), made(variant, cond, [3, 4], inputs=both)
+    )
+    guidance, null = SampleGuidance(GuidanceConfig(3.0)), tiny.prompts(1, 9, dtype=torch.float32)
+    more = {"window": 2 * n, "sink": n, "guidance": guidance, "null": null}
+    assert torch.equal(anew([1.0] * 3, **more), made(variant, cond, [3, 4], **more))
+
+    sampler = Recorded(Euler(4, 1.0))
+    initial = ClipNoise([3, 4], "cpu").chunks(SHAPE, n, 0, 3 * n)
+    anew([0.25, 1.0, 0.6], sampler)
+    for (begin, x), expected, part, eps in zip(
+        sampler.began, (3, 0, 2), parts, initial, strict=True
+    ):
+        t = sampler.times[begin]
+        assert begin == expected
+        torch.testing.assert_close(x, (1 - t) * part + t * eps, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="below all noise levels"):
+        anew([0.2] * 3, sampler)
+
+
+def test_an_input_is_taken_when_its_chunk_is_begun() -> None:
+    """After the encoder's pass of the chunk, not before the chunk before is there; and frames of
+    pixels only as they are needed."""
+    vae, shipped = (
+        load_vae(Path(__file__).resolve().parents[2] / "assets" / "wan_doom"),
+        list[int](),
+    )
+    pixels = torch.rand(1, 30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def frames() -> Iterator[Tensor]:
+        for number, frame in enumerate(pixels.split(1, dim=1)):
+            shipped.append(number)
+            yield frame
+
+    for chunk, taken, count in ((1, [1, 5, 9, 13], 8), (3, [9, 21], 2)):
+        shipped.clear()
+        inputs = chunk_inputs(vae, frames(), chunk, 0.7)
+        parts = []
+        for frames_so_far in taken:
+            part = next(inputs)
+            assert len(shipped) == frames_so_far and part.strength == 0.7
+            parts.append(part.latents)
+        parts += [part.latents for part in inputs]
+        assert len(parts) == count and len(shipped) == 30
+        used = 1 + (count * chunk - 1) * 4
+        whole = vae.encode(pixels[:, :used] * 2 - 1)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+    wide = torch.cat(
+        [part.latents for part in chunk_inputs(vae, [pixels[:, :7], pixels[:, 7:]], 1, 1)], 1
+    )
+    torch.testing.assert_close(wide, vae.encode(pixels[:, :29] * 2 - 1), rtol=0, atol=1e-5)
+
+    variant, order = tiny.Variant("scd", 1, "delta"), list[str]()
+
+    def sources() -> Iterator[ChunkInput]:
+        for part in tiny.latents(1, 3, seed=5, dtype=torch.float32).split(1, dim=1):
+            order.append("input")
+            yield ChunkInput(part, 0.7)
+
+    model = tiny.student(variant, dtype=torch.float32)
+    for _ in generate_latents(
+        model,
+        tiny.prompts(1, dtype=torch.float32),
+        [3],
+        (3, *SHAPE),
+        FewStepSampler(),
+        inputs=sources(),
+        next_prompt=lambda: order.append("prompt"),
+    ):
+        order.append("chunk")
+    assert order == ["prompt", "input", "chunk"] * 3
 
 
 def test_refusals() -> None:
