@@ -10,7 +10,8 @@ The sampler and the size come from the checkpoint. A prompt's n-th video has the
 or its row's own ``seed`` + n, so it does not depend on the batch, the ranks or what else is made. A
 row of a jsonl file: ``{"prompt": "a car", "seed": 7, "start": "image.png", "then": [[41, "it
 rains"]]}``. The same command skips what is there. ``start=image.png`` continues an image or a
-video; ``window=18 sink=3`` makes videos longer than training.
+video; ``video=clip.mp4 strength=0.8`` makes a video anew, for which no student is trained;
+``window=18 sink=3`` makes videos longer than training.
 """
 
 from __future__ import annotations

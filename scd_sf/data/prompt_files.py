@@ -4,10 +4,11 @@ that a list may be of any length.
 
 A jsonl row may say more, ``{"prompt": "...", "start": "image.png", "then": [[41, "another"]],
 "seed": 7}``: frames that are there already, other prompts from a pixel frame on, the seed of its
-noise. What the toolkit's own lists and VidProM say beside the prompt (``OTHERS``) is passed over;
-any other key is refused. A csv file may have columns ``start``, ``uuid`` and ``seed``, and any
-others, as csv files do, but for names that mean a command's setting (``SETTINGS``). Only ``\\n``
-and ``\\r\\n`` end a line.
+noise; or, instead of ``start``, ``"video": "clip.mp4"``, a video that is made anew. What the
+toolkit's own lists and VidProM say beside the prompt (``OTHERS``) is passed over; any other key is
+refused. A csv file may have columns ``start``, ``uuid`` and ``seed``, and any others, as csv files
+do (``video`` among them, the clips of many), but for names that mean a command's setting
+(``SETTINGS``). Only ``\\n`` and ``\\r\\n`` end a line.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ NOT_LISTS = (
     ".zip",
     ".safetensors",
 )
-KEYS = ("prompt", "start", "then", "seed", "uuid")  # of a row, honoured
+COLUMNS = ("prompt", "start", "then", "seed", "uuid")  # of a csv file, honoured
+KEYS = (*COLUMNS, "video")  # of a jsonl row
 # VidProM's, by Detoxify
 SCORES = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
 OTHERS = {"id", "held_out", "tags", "original", "time", "scores", "extended", "refused", *SCORES}
@@ -78,7 +80,7 @@ SETTINGS = {
 @dataclass(frozen=True)
 class PromptRow:
     """Contents of one video: a prompt, ``then`` others from pixel frames on, ``start``: an image or
-    video file.
+    video file that it continues, ``video``: a video file that it is made from.
 
     ``uuid``: the prompt's name in its collection (VidProM), where the file gives one. ``seed``: of
     its (first) video, 0 <= seed < 2**63; None: the command's own choice. ``held_out``: kept from
@@ -90,6 +92,7 @@ class PromptRow:
     uuid: str = ""
     seed: int | None = None
     held_out: bool = False
+    video: str = ""
 
 
 class Line(NamedTuple):
@@ -102,7 +105,7 @@ class Line(NamedTuple):
 
 
 def read_prompt_file(path: Path, column: str = "prompt") -> list[PromptRow]:
-    """All rows of a list; paths in ``start`` are relative to it. UserError names file and line."""
+    """All rows of a list; paths in ``start`` and ``video`` are relative to it. UserError names file and line."""
     file = PromptFile(path, column)
     if file.size > JSON_BYTES:
         raise UserError(f"{file.label}: {file.size:,} bytes, more than {JSON_BYTES:,}; split it")
@@ -220,7 +223,7 @@ class PromptFile:
         columns = [
             (name, place)
             for place, name in enumerate(self._names)
-            if name in KEYS or name == self.column
+            if name in COLUMNS or name == self.column
         ]
         for line, fields in records:
             if len(fields) > (count := len(self._names)):
@@ -241,11 +244,11 @@ class PromptFile:
         for name in names:
             plain = name.strip().lower()
             if name != self.column and (
-                plain in SETTINGS or (plain in KEYS and (name != plain or count[plain] > 1))
+                plain in SETTINGS or (plain in COLUMNS and (name != plain or count[plain] > 1))
             ):
                 raise UserError(
                     f"{self.label}: column '{printable(name[:SHOWN])}' is not read; remove or rename it (a list may "
-                    f"have {', '.join(KEYS)})"
+                    f"have {', '.join(COLUMNS)})"
                 )
         if names.count(self.column) > 1:
             raise UserError(f"{self.label}: column '{self.column}' is there twice; rename one")
@@ -341,6 +344,11 @@ def _row(path: Path, where: str, row: Mapping[str, object], column: str) -> Prom
         raise UserError(
             f"{where}: 'start' is {_excerpt(start)}; it must be the path of an image or video"
         )
+    video = row.get("video") or ""
+    if not isinstance(video, str) or "\0" in video:
+        raise UserError(f"{where}: 'video' is {_excerpt(video)}; it must be the path of a video")
+    if video and start:
+        raise UserError(f"{where}: has 'start' and 'video'; give one of them")
     changes: list[tuple[int, str]] = []
     for change in then if isinstance(then, list) else [then]:
         frame, text = change if isinstance(change, list) and len(change) == 2 else (None, None)
@@ -361,6 +369,7 @@ def _row(path: Path, where: str, row: Mapping[str, object], column: str) -> Prom
         uuid,
         _seed(row.get("seed"), where),
         held_out,
+        str(path.parent / video) if video else "",
     )
 
 

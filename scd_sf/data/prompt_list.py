@@ -63,6 +63,7 @@ def _plain_rows(file: PromptFile) -> Iterator[tuple[int, PromptRow]]:
     for number, (offset, row) in enumerate(file.rows(), 1):
         for name, is_set in (
             ("start", row.start),
+            ("video", row.video),
             ("then", row.then),
             ("seed", row.seed is not None),
         ):

@@ -1,4 +1,5 @@
-"""Start files: an image or a video that a sampled video continues.
+"""Start files, an image or a video that a sampled video continues, and input videos, which are made
+anew.
 
 Letters: F pixel frames, H W pixel height and width.
 """
@@ -6,6 +7,7 @@ Letters: F pixel frames, H W pixel height and width.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,17 +37,39 @@ def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> 
     where = f"start {path}"
     if path.suffix.lower() not in VIDEOS:
         return _fit(read_picture(path, where), size, where)[None]
-    from scd_sf.data.sources.video_reader import LARGEST_VIDEO, frames_of  # needs PyAV
+    from scd_sf.data.sources.video_reader import LARGEST_VIDEO  # needs PyAV
 
     frames: list[Tensor] = []
-    for frame in frames_of(path, where, fps=fps, remedy=REMEDY):
-        pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 255
-        frames.append(_fit(pixels, size, where))
+    for pixels in read_pictures(path, size, fps, where):
+        frames.append(pixels)
         if len(frames) * frames[0].nbytes > LARGEST_VIDEO:
             raise UserError(
                 f"{where}: {len(frames)} frames are more than a start can have; cut the video"
             )
     return torch.stack(frames[-(1 + (len(frames) - 1) // temporal * temporal) :])
+
+
+def read_pictures(path: Path, size: tuple[int, int], fps: float, where: str) -> Iterator[Tensor]:
+    """The pictures (3, H, W) in [0, 1] of a video, one after another: resampled to ``fps`` by its
+    timestamps, cropped and resized to ``size``. UserError: not readable."""
+    from scd_sf.data.sources.video_reader import frames_of
+
+    for frame in frames_of(path, where, fps=fps, remedy=REMEDY):
+        pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 255
+        yield _fit(pixels, size, where)
+
+
+def count_pictures(path: Path, size: tuple[int, int], fps: float, where: str) -> int:
+    """How many :func:`read_pictures` gives. All of the file is decoded, so that damage shows before
+    a model works on it. UserError: no video, or one that cannot be read."""
+    if path.suffix.lower() not in VIDEOS:
+        raise UserError(f"{where}: is no video by its name; use {', '.join(VIDEOS)}")
+    from scd_sf.data.sources.video_reader import at_rate, check_crop, pictures, video_info
+
+    info = video_info(path, where, REMEDY)  # refuses frames that stand for very long
+    check_crop(info.height, info.width, *size, where)
+    with foreign(where, "write it again with timestamps"):
+        return sum(1 for _ in at_rate(pictures(path, where, REMEDY), fps))
 
 
 def picture_pixels(picture: object, size: tuple[int, int], where: str) -> Tensor:

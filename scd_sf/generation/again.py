@@ -1,6 +1,6 @@
 """One video of a folder of samples made once more, from what the folder says of it (``scd again``).
 
-The manifest has the settings; the video's record its prompts, seed, start file, the videos that
+The manifest has the settings; the video's record its prompts, seed, start file or input video, the videos that
 were made together with it (sums are rounded otherwise in another batch) and what was compiled. All
 of that batch is generated, the one video is written: on the same machine, with the same versions
 and the same number of threads, it has the same bytes.
@@ -43,6 +43,8 @@ class _Record:
     then: list[tuple[int, str]] = field(default_factory=list)
     start: str = ""
     start_sha256: str = ""
+    video: str = ""
+    video_sha256: str = ""
     sha256: str = ""
     batch: list[str] = field(default_factory=list)
     compile: dict[str, bool] = field(default_factory=dict)
@@ -82,6 +84,8 @@ def make_again(
             f"{str(recorded_weights)[:16]}..; give the step of then as --checkpoint"
         )
     video_generator, settings = open_generator(cfg, ranks.device, weights)
+    if "from_video" in _settings(folder):
+        settings["from_video"] = video_generator.input_settings()
     if settings.get("decoder_sha256") != _settings(folder).get("decoder_sha256"):
         raise UserError(
             f"{cfg.decoder}: is another file than {folder / INDEX} was made with; put that one back"
@@ -124,17 +128,16 @@ def _record(folder: Path, name: str) -> _Record:
 
 
 def _request(folder: Path, name: str, record: _Record) -> VideoRequest:
-    """What was asked for. UserError: the start file is another one now."""
-    if record.start:
-        if not Path(record.start).is_file():
-            raise UserError(
-                f"{folder / name}: began with {record.start}, which is gone; put it back"
-            )
-        if start_sha256(record.start) != record.start_sha256:
-            raise UserError(
-                f"{folder / name}: began with {record.start}, which was changed since; put it back"
-            )
-    row = PromptRow(record.prompt, tuple(record.then), record.start)
+    """What was asked for. UserError: the start file or the input video is another one now."""
+    for path, sha256, verb in (
+        (record.start, record.start_sha256, "began with"),
+        (record.video, record.video_sha256, "was made from"),
+    ):
+        if path and not Path(path).is_file():
+            raise UserError(f"{folder / name}: {verb} {path}, which is gone; put it back")
+        if path and start_sha256(path) != sha256:
+            raise UserError(f"{folder / name}: {verb} {path}, which was changed since; put it back")
+    row = PromptRow(record.prompt, tuple(record.then), record.start, video=record.video)
     return VideoRequest(name, row, record.prompt_index, record.sample, record.seed, record.title)
 
 
@@ -161,6 +164,9 @@ def _config(
                     f"{folder / INDEX}: settings: {name} has {len(values)} numbers, not {len(fields)}; {REMEDY}"
                 )
             tree |= dict(zip(fields, values, strict=True))
+    from_video = stored.get("from_video")
+    if isinstance(from_video, dict):  # 0 frames: as many as the file gives
+        tree |= {name: from_video.get(name) for name in ("strength", "frames")}
     guidance = stored.get("guidance")
     if isinstance(guidance, dict):
         tree["negative_prompt"] = guidance.get("negative_prompt", "")

@@ -23,6 +23,7 @@ from scd_sf.files import locked, others_in, read_json, require_own_folder, sha25
 from scd_sf.generation.compile import CompileConfig
 from scd_sf.generation.request import check_later
 from scd_sf.generation.sampling import (
+    EXTRAS,
     SampleConfig,
     VideoGenerator,
     VideoRequest,
@@ -77,10 +78,11 @@ def waiting(out: Path, videos: Sequence[VideoRequest]) -> list[VideoRequest]:
             continue
         entry = read_json(record, "delete it to make the video again")
         request = video.record()
-        if different := [name for name in request if entry.get(name) != request[name]]:
+        names = dict.fromkeys((*request, *EXTRAS))
+        if different := [name for name in names if entry.get(name) != request.get(name)]:
             name = "prompt" if "prompt" in different else different[0]
             raise UserError(
-                f"{out / video.file}: made for {name} {entry.get(name)!r}, not {request[name]!r}; use another out="
+                f"{out / video.file}: made for {name} {entry.get(name)!r}, not {request.get(name)!r}; use another out="
             )
         if not (out / video.file).is_file() or sha256_file(out / video.file) != entry.get("sha256"):
             missing_videos.append(video)
@@ -98,11 +100,14 @@ def finished_videos(out: Path) -> dict[str, dict[str, object]]:
 
 
 def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest]]:
-    """At most ``size`` videos at a time, those with a start file apart from those without."""
+    """At most ``size`` videos at a time, each of one start file or input video, or of none."""
     groups: list[list[VideoRequest]] = []
     for video in videos:
         last = groups[-1] if groups else []
-        if last and len(last) < size and last[0].row.start == video.row.start:
+        is_like = last and all(
+            getattr(last[0].row, name) == getattr(video.row, name) for name in ("start", "video")
+        )
+        if is_like and len(last) < size:
             last.append(video)
         else:
             groups.append([video])
@@ -158,9 +163,14 @@ def make_videos(
     out = Path(cfg.out)
     checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
     video_generator, settings = open_generator(cfg, ranks.device, checkpoint)
-    for video in videos:
-        for frame, _ in video.row.then:
-            check_later(frame, video_generator.shape)
+    if any(video.row.video for video in videos):
+        settings["from_video"] = how = video_generator.input_settings()
+        if ranks.is_main:
+            say(
+                f"strength {cfg.strength:g}: begins with noise {how['noise']:.4g}, {how['steps']} of "
+                f"{video_generator.sampler.steps} steps; no student is trained to make videos anew"
+            )
+    ranks.on_main(lambda: check_requests(video_generator, videos))
     settings |= {
         "checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)),
         **extra_settings,
@@ -172,6 +182,14 @@ def make_videos(
         make_missing(video_generator, out, ranks, videos)
         if ranks.is_main:
             write_json(out / INDEX, {"settings": settings, **notes, "videos": finished_videos(out)})
+
+
+def check_requests(video_generator: VideoGenerator, videos: Sequence[VideoRequest]) -> None:
+    """UserError for an input video that cannot be used and for a prompt after the clip's end."""
+    for video in videos:
+        shape = video_generator.shape_of(video)
+        for frame, _ in video.row.then:
+            check_later(frame, shape)
 
 
 def make_missing(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scd_sf.data.start import check_start
-from scd_sf.diffusion.samplers import OnStep
+from scd_sf.diffusion.samplers import OnStep, first_step
 from scd_sf.files import new_folder, write_json
 from scd_sf.generation.generate import clip_latents, clips_of, decoded
 from scd_sf.generation.guided import SampleGuidance
+from scd_sf.generation.inputs import chunk_inputs
 from scd_sf.generation.request import (
+    STRENGTH,
     check_later,
     check_whole,
     choose_guidance,
     choose_seeds,
     choose_shape,
     choose_steps,
+    input_frames,
     start_pixels,
+    video_pixels,
 )
 from scd_sf.models.build import (
     CheckpointConfig,
@@ -389,6 +393,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         *,
         image: object = None,
         start: object = None,
+        video: object = None,
+        strength: float | None = None,
         then: Later | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -426,6 +432,10 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
 
         ``image``: the first frame: PIL, (H, W, 3), (3, H, W) or a path; a list or batch has one for
         each prompt. ``start``: the same of several frames: a video's path or (F, 3, H, W).
+        ``video``: frames that the clips are made from, a path or pictures, for all prompts; as many
+        as they give unless ``num_frames``. ``strength``: the share of noise that is put into them,
+        0.8 by default; the sampler's first time at or below is taken (diffusers' is a share of the
+        steps). No student is trained for it.
         ``then``: other prompts from pixel frames on, {41: "it rains"}. ``window``: the last latent
         frames of history, which are kept, 0 all; ``sink``: its first, which stay too.
 
@@ -459,6 +469,18 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         states = self._states(prompt, prompt_embeds, "prompt")
         prompts, per_prompt = len(states), num_videos_per_prompt
         seeds = choose_seeds(seed, generator, prompts, per_prompt)
+        inputs, begin = None, 0
+        if video is not None:
+            if image is not None or start is not None:
+                raise UserError("video excludes image and start; give one of them")
+            begin = first_step(steps, STRENGTH if strength is None else strength)
+            count, pixels = video_pixels(video, (shape.pixel_height, shape.pixel_width), "video")
+            chunk = self.transformer.chunk
+            made = input_frames(count, num_frames or frames or 0, shape, chunk, "video")
+            shape = replace(shape, frames=1 + (made - 1) // shape.temporal)
+            inputs = chunk_inputs(self._vae, pixels, chunk, steps.times[begin])
+        elif strength is not None:
+            raise UserError(f"strength is {strength}, but there is no video; give video too")
         whole = (len(seeds), shape.channels, shape.frames, shape.height, shape.width)
         if latents is not None and (not isinstance(latents, Tensor) or latents.shape != whole):
             own_shape = tuple(getattr(latents, "shape", ())) or type(latents).__name__
@@ -467,7 +489,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         known = self._known(image, start, prompts, shape)
         known_frames = 0 if known is None else 1 + (known.shape[1] - 1) // shape.temporal
         chunks = (shape.frames - known_frames) // self.transformer.chunk
-        self._num_timesteps, self._num_pieces = chunks * steps.steps, chunks + (known is not None)
+        self._num_timesteps = chunks * (steps.steps - begin)
+        self._num_pieces = chunks + (known is not None)
         self._guidance_scale, self._interrupt, vae = kind.text.w, False, self._vae
         parts = clip_latents(
             self.transformer,
@@ -485,6 +508,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             initial=None if latents is None else latents.transpose(1, 2),
             on_step=callback_on_step_end
             and self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            inputs=inputs,
         )
         if output_type == "latent":
             return self._placed(part.transpose(1, 2) for part in self._until_interrupt(parts))
@@ -515,6 +539,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         *,
         image: object = None,
         start: object = None,
+        video: object = None,
+        strength: float | None = None,
         then: Later | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -546,6 +572,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             negative_prompt,
             image=image,
             start=start,
+            video=video,
+            strength=strength,
             then=then,
             height=height,
             width=width,

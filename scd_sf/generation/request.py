@@ -4,7 +4,7 @@ sample`` and the pipeline take them."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import SupportsFloat
@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scd_sf.data.start import picture_pixels, read_start
+from scd_sf.data.start import count_pictures, picture_pixels, read_pictures, read_start
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import SamplerConfig, Student
 from scd_sf.models.interface import check_chunks
 from scd_sf.models.wan.vae import VaeGeometry
-from scd_sf.types import UserError, VideoShape
+from scd_sf.types import UserError, VideoShape, plural
 
-START_FPS = 16  # Wan's; a start video is resampled to it
+START_FPS = 16  # Wan's; a start video or an input video is resampled to it
+STRENGTH = 0.8  # of an input video, as diffusers'
 
 
 def check_whole(numbers: Mapping[str, object]) -> None:
@@ -179,6 +180,45 @@ def start_pixels(start: object, prompts: int, shape: VideoShape, where: str) -> 
     if len({len(part) for part in parts}) != 1:
         raise UserError(f"{where}: the clips begin with different numbers of frames; cut them")
     return torch.stack(parts)
+
+
+def video_pixels(video: object, size: tuple[int, int], where: str) -> tuple[int, Iterator[Tensor]]:
+    """Number of frames of an input video, and the frames (1, 1, 3, H, W) in [0, 1], cropped and
+    resized, as they are taken.
+
+    ``video``: a path, resampled to 16 frames per second, or pictures in memory, one for each frame,
+    (F, 3, H, W) or (F, H, W, 3) among them. UserError: anything else, no frame, not readable.
+    """
+    if isinstance(video, str | Path):
+        path = Path(video)
+        count = count_pictures(path, size, START_FPS, where)
+        pictures = read_pictures(path, size, START_FPS, where)
+        return count, (picture[None, None] for picture in pictures)
+    is_batch = isinstance(video, Tensor | np.ndarray) and video.ndim == 4
+    if not is_batch and not isinstance(video, list | tuple):
+        raise UserError(f"{where}: is a {type(video).__name__}; give a path or a list of pictures")
+    frames = list(video)  # type: ignore[call-overload]  # one of the two
+    if not frames:
+        raise UserError(f"{where}: holds no frame; give one at least")
+    return len(frames), (picture_pixels(frame, size, where)[None, None] for frame in frames)
+
+
+def input_frames(available: int, requested: int, shape: VideoShape, chunk: int, where: str) -> int:
+    """Pixel frames of a clip that is made from a video of ``available`` frames: ``requested``, or
+    (0) as many as whole chunks take. UserError: it has fewer."""
+    latents = (1 + (available - 1) // shape.temporal) // chunk * chunk
+    longest = 1 + (latents - 1) * shape.temporal
+    if not latents:
+        raise UserError(
+            f"{where}: gives {plural(available, 'frame')}, the model needs {1 + (chunk - 1) * shape.temporal}; "
+            "use a longer video"
+        )
+    if requested > longest:
+        raise UserError(
+            f"{where}: gives {plural(available, 'frame')}, of which {longest} can be made anew, not {requested}; "
+            "leave frames out"
+        )
+    return requested or longest
 
 
 # Allowed numbers of frames and pixels of a request; 0: as trained.

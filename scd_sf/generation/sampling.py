@@ -16,13 +16,20 @@ from torch import Tensor
 
 from scd_sf.checkpoint import absolute
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
-from scd_sf.data.start import check_start, read_start
-from scd_sf.diffusion.samplers import Sampler
+from scd_sf.data.start import check_start, count_pictures, read_pictures, read_start
+from scd_sf.diffusion.samplers import Sampler, first_step
 from scd_sf.files import sha256_file
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.generation.guided import SampleGuidance
-from scd_sf.generation.request import SIZES_ASKED, choose_sampler, choose_shape
+from scd_sf.generation.inputs import ChunkInput, chunk_inputs
+from scd_sf.generation.request import (
+    SIZES_ASKED,
+    STRENGTH,
+    choose_sampler,
+    choose_shape,
+    input_frames,
+)
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import (
     CheckpointConfig,
@@ -55,7 +62,8 @@ class SampleConfig:
     prompts: list[str] = field(default_factory=list)
     """Prompts; or give ``prompt_file``."""
     prompt_file: str = ""
-    """Prompts in a txt, csv or jsonl file; a jsonl row may have seed, start and later prompts."""
+    """Prompts in a txt, csv or jsonl file; a jsonl row may have seed, start or video, and later
+    prompts."""
     prompt_column: str = "prompt"
     """Column or key of the prompts in a csv or jsonl file."""
     base: str = ""
@@ -68,7 +76,7 @@ class SampleConfig:
     seed: int = 0
     """The n-th video of a prompt has seed + n."""
     frames: int = 0
-    """Frames; 0: as trained."""
+    """Frames; 0: as trained, or of a ``video`` all that fill chunks."""
     height: int = 0
     """Pixels; 0: as trained."""
     width: int = 0
@@ -85,6 +93,12 @@ class SampleConfig:
     """Folder that keeps encoded prompts; empty: in the user's cache; off: nowhere."""
     start: str = ""
     """An image or video that all videos continue, a video at ``fps``; empty: none."""
+    video: str = ""
+    """A video file, read at ``fps``, that is made anew after each prompt; no student is trained for
+    it; empty: none."""
+    strength: float = STRENGTH
+    """How much noise ``video`` begins with, 1: nothing is left of it; the sampler's first time at or
+    below is taken."""
     window: int = 0
     """The last latent frames of history that are kept, for videos longer than training; 0: all."""
     sink: int = 0
@@ -117,6 +131,12 @@ class SampleConfig:
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
         check_within(self, SIZES_ASKED)
+        if self.start and self.video:
+            raise UserError(
+                "start and video are both set: one is continued, one is made anew; choose"
+            )
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength is {self.strength}; it must be above 0 and at most 1")
         if self.negative_prompt and self.guidance.text.w == 1:
             raise UserError(
                 "negative_prompt is what guidance.text leads away from: set guidance.text.scale too"
@@ -131,8 +151,13 @@ class SampleConfig:
 
 @cache
 def start_sha256(path: str) -> str:
-    """sha256 of a start file, which is read once for all its videos."""
+    """sha256 of a start file or an input video, which is read once for all that is made of it."""
     return sha256_file(Path(path))
+
+
+count_cached = cache(count_pictures)
+# what a record has only where it was asked for
+EXTRAS = ("title", "then", "start", "start_sha256", "video", "video_sha256")
 
 
 @dataclass(frozen=True)
@@ -157,6 +182,8 @@ class VideoRequest:
             extra["then"] = [list(change) for change in self.row.then]
         if self.row.start:
             extra |= {"start": self.row.start, "start_sha256": start_sha256(self.row.start)}
+        if self.row.video:
+            extra |= {"video": self.row.video, "video_sha256": start_sha256(self.row.video)}
         return {
             "file": self.file,
             "prompt_index": self.prompt_index,
@@ -179,11 +206,15 @@ def wanted_videos(cfg: SampleConfig) -> list[VideoRequest]:
         raise UserError(
             f"samples is {cfg.samples} of {len(rows)} prompts, more than {VIDEOS:,} videos; share them out"
         )
-    if cfg.start:
-        rows = [replace(row, start=row.start or cfg.start) for row in rows]
-    for row in rows:
-        if row.start and not Path(row.start).is_file():
-            raise UserError(f"start {row.start}: no such file; check the path")
+    rows = [  # a row's own start or video counts, else the run's
+        row if row.start or row.video else replace(row, start=cfg.start, video=cfg.video)
+        for row in rows
+    ]
+    for name, path in ((name, getattr(row, name)) for row in rows for name in ("start", "video")):
+        if path and not Path(path).is_file():
+            raise UserError(f"{name} {path}: no such file; check the path")
+    if cfg.strength != STRENGTH and not any(row.video for row in rows):
+        raise UserError(f"strength is {cfg.strength}, but there is no video; set video too")
     return [
         VideoRequest(
             f"{p:04d}-{n:02d}.mp4", row, p, n, (cfg.seed if row.seed is None else row.seed) + n
@@ -225,6 +256,38 @@ class VideoGenerator:
         check_start(latent_frames, self.student.chunk, self.shape, videos[0].row.start)
         return pixels
 
+    def shape_of(self, video: VideoRequest) -> VideoShape:
+        """The shape of what is made: with an input video, as many frames as it gives. UserError: it
+        cannot be read, or is too short."""
+        if not video.row.video:
+            return self.shape
+        size, where = (self.shape.pixel_height, self.shape.pixel_width), f"video {video.row.video}"
+        count = count_cached(Path(video.row.video), size, self.cfg.fps, where)
+        frames = input_frames(count, self.cfg.frames, self.shape, self.student.chunk, where)
+        return replace(self.shape, frames=1 + (frames - 1) // self.shape.temporal)
+
+    def inputs(self, videos: Sequence[VideoRequest]) -> Iterator[ChunkInput] | None:
+        """The batch's input video, the same for all, encoded as it is needed."""
+        path = videos[0].row.video
+        if not path:
+            return None
+        size = (self.shape.pixel_height, self.shape.pixel_width)
+        pictures = read_pictures(Path(path), size, self.cfg.fps, f"video {path}")
+        frames = (picture[None, None] for picture in pictures)
+        return chunk_inputs(self.vae, frames, self.student.chunk, self.cfg.strength)
+
+    def input_settings(self) -> dict[str, float]:
+        """For manifests of videos that are made from a video: the strength, the noise level that the
+        sampler begins with, and the frames (0: as many as each file gives). UserError: the sampler
+        has no step at so little noise."""
+        begin = first_step(self.sampler, self.cfg.strength)
+        return {
+            "strength": self.cfg.strength,
+            "noise": self.sampler.times[begin],
+            "steps": self.sampler.steps - begin,
+            "frames": self.cfg.frames,
+        }
+
     def changes(self, videos: Sequence[VideoRequest]) -> dict[int, Conditioning]:
         """The batch's prompts from every pixel frame on where one of them changes."""
         prompts, conditions = [video.row.prompt for video in videos], {}
@@ -236,14 +299,14 @@ class VideoGenerator:
 
     def frames(self, videos: Sequence[VideoRequest]) -> Iterator[Tensor]:
         """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE
-        gives them back."""
+        gives them back. ``videos`` share one start file or one input video, if they have any."""
         cond = self.text.encode([video.row.prompt for video in videos]).to(self.device)
         for pixels in generate(
             self.student,
             self.vae,
             cond,
             [video.seed for video in videos],
-            self.shape,
+            self.shape_of(videos[0]),
             self.sampler,
             window=self.cfg.window,
             sink=self.cfg.sink,
@@ -252,6 +315,7 @@ class VideoGenerator:
             guidance=self.cfg.guidance,
             null=self.negative if self.cfg.guidance.on else None,
             decoder=self.decoder,
+            inputs=self.inputs(videos),
         ):
             yield as_uint8(pixels)
 

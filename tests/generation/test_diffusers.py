@@ -275,7 +275,7 @@ def test_the_signature_is_that_of_wan() -> None:
     assert theirs - ours == {"attention_kwargs", "guidance_scale_2", "max_sequence_length"}
     streamed = set(inspect.signature(SCDWanPipeline.stream).parameters)
     assert ours - streamed == {"return_dict"}
-    assert {"image", "window", "sink", "start", "guidance", "then"} <= streamed
+    assert {"image", "video", "strength", "window", "sink", "start", "then"} <= streamed
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -314,6 +314,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "latents": ({"latents": torch.zeros(1, 3, 4, 2, 2)}, r"latents has shape .*\(1, 4, 2, 2, 2\)"),
     "image and start": ({"image": Image.new("RGB", (9, 9)), "start": "a.png"}, "image and start"),
+    "video and start": ({"video": "a.mp4", "start": "a.png"}, "video excludes image and start"),
+    "a video of another kind": (
+        {"video": 3, "strength": 1},
+        "video: is a int; give a path or a list",
+    ),
+    "a video of no frame": ({"video": [], "strength": 1}, "video: holds no frame"),
+    "a short video": (
+        {"video": np.zeros((8, 9, 9, 3), np.uint8), "num_frames": 9, "strength": 1},
+        "gives 8 frames, of which 5 can be made anew, not 9",
+    ),
+    "a strength of nothing": ({"strength": 0.5}, "strength is 0.5, but there is no video"),
+    "too little strength": (
+        {"video": np.zeros((9, 9, 9, 3), np.uint8), "strength": 0.1},
+        "below all noise levels",
+    ),
     "an image of another kind": ({"image": 3}, "image: is a int; give a PIL image"),
     "an image's shape": ({"image": torch.zeros(4, 9, 9)}, r"image: has shape \(4, 9, 9\)"),
     "an image's values": ({"image": np.full((9, 9, 3), 9.0)}, "values are 9 to 9"),
@@ -379,6 +394,41 @@ def test_a_negative_prompt_without_guidance_warns(
 
 
 # --------------------------------------------------------------------------- start, switch, window
+
+
+def test_a_video_in_every_form(pipe: SCDWanPipeline, tmp_path: Path) -> None:
+    """As long as it is, but for what fills no chunk; the same as a path, pictures, arrays and
+    tensors. Strength 1 is the clip from noise."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (15, 2, 2, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    calls: list[float] = []
+
+    def count(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        calls.append(float(t))
+        return {}
+
+    def anew(video: object, **more: Any) -> np.ndarray:
+        clips: np.ndarray = pipe(PROMPT, video=video, seed=3, **{"strength": 0.9, **more}).frames
+        return clips
+
+    made = anew(list(frames), callback_on_step_end=count)
+    assert made.shape == (1, 13, 16, 16, 3)
+    assert calls == pytest.approx([5000 / 6] * 4)  # the second of the times 1 and 5/6, four chunks
+    assert pipe.num_timesteps == 4
+    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    images = [Image.fromarray(frame) for frame in frames]
+    for video in (images, frames, tensor, tensor / 255, tuple(frames[:13])):
+        assert np.array_equal(anew(video), made)
+    assert np.array_equal(anew(frames, num_frames=9)[0], made[0, :9])
+    pair = pipe([PROMPT, OTHER], video=frames, seed=3, strength=0.9).frames
+    assert close(pair[0], made[0]) and float(np.abs(pair[1] - pair[0]).max()) > 1e-3
+    write_video(tmp_path / "a.mp4", tensor, 16, crf=0, chroma="yuv444p")
+    assert np.array_equal(anew(tmp_path / "a.mp4"), anew(read_video(tmp_path / "a.mp4")))
+    from_noise = pipe(PROMPT, seed=3, num_frames=13).frames
+    assert np.array_equal(anew(frames, strength=1), from_noise)
+    assert float(np.abs(made - from_noise).max()) > 1e-2
+    with pytest.raises(UserError, match="below all noise levels"):
+        pipe(PROMPT, video=frames)
 
 
 def test_a_start_frame_in_every_form(pipe: SCDWanPipeline, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ from tiny_run import Chain
 
 from scd_sf import cli
 from scd_sf.config import load_config
-from scd_sf.data.clips import read_video
+from scd_sf.data.clips import read_video, write_video
+from scd_sf.data.prompt_files import PromptRow
 from scd_sf.data.start import read_start
 from scd_sf.files import LOCK, locked, sha256_file
 from scd_sf.generation.folder import batches, open_sample_folder
-from scd_sf.generation.generate import as_uint8
+from scd_sf.generation.generate import as_uint8, generate
+from scd_sf.generation.inputs import ChunkInput
 from scd_sf.generation.sampling import SampleConfig, open_generator, start_sha256, wanted_videos
 from scd_sf.models.export import export_weights
 from scd_sf.models.wan import text_cache
@@ -396,6 +399,114 @@ def test_an_image_or_a_video_is_continued(chain: Chain, made: Path, tmp_path: Pa
     assert "neither a video nor a readable image" in refused(
         *base, f"out={tmp_path}/x", f"start={tmp_path}/broken.png"
     )
+
+
+def test_a_video_is_made_anew(
+    chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As long as the file, or as asked; resampled and cropped; from the run's video or a row's own;
+    again to the last byte; and what cannot be is refused before anything is made."""
+    random = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 255, (36, 3, 6, 8), dtype=torch.uint8, generator=random)
+    frames = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    write_video(tmp_path / "fast.mp4", frames, 32, crf=0)  # 18 frames at 16 per second
+    write_video(tmp_path / "short.mp4", frames[:9], 16)
+    rows: list[dict[str, object]] = [
+        {"prompt": PROMPTS[0], "video": "fast.mp4", "seed": 5, "then": [[13, PROMPTS[1]]]},
+        {"prompt": PROMPTS[1], "video": "short.mp4"},
+        {"prompt": PROMPTS[1]},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"checkpoint={chain.root}/stage3", f"prompt_file={tmp_path}/p.jsonl", "samples=2"]
+    given += [f"out={tmp_path}/out", "crf=0", "strength=0.9", "text_cache=off"]
+    code, said = scd(monkeypatch, capsys, "sample", *given)
+    assert code == 0, said
+    assert "strength 0.9: begins with noise 0.8333, 2 of 4 steps; no student is trained" in said
+    content = manifest(tmp_path / "out")
+    lengths = [len(read_video(tmp_path / "out" / name)) for name in content["videos"]]
+    assert lengths == [17, 17, 9, 9, 9, 9]  # the last two as trained
+    entry = content["videos"]["0000-01.mp4"]
+    assert entry["video_sha256"] == sha256_file(tmp_path / "fast.mp4")
+    assert entry["batch"] == ["0000-00.mp4", "0000-01.mp4"] and entry["seed"] == 6
+    assert content["settings"]["from_video"] == {
+        "strength": 0.9,
+        "noise": pytest.approx(5 / 6),
+        "steps": 2,
+        "frames": 0,
+    }
+
+    name = "0000-01.mp4"
+    again = ["again", tmp_path / "out" / name, "--text-cache", "off", "--out"]
+    code, said = scd(monkeypatch, capsys, *again, tmp_path / "again")
+    assert code == 0 and "the same bytes as recorded" in said
+    assert manifest(tmp_path / "again")["settings"] == content["settings"]
+    code, said = scd(monkeypatch, capsys, "sample", *given)
+    assert code == 0 and "6 finished before" in said
+
+    # the frames are those of generate() with the file's latents, encoded as a whole
+    cfg = load_config(SampleConfig, None, [*given, "batch=2"])
+    maker, _ = open_generator(cfg, torch.device("cpu"))
+    videos = wanted_videos(cfg)
+    pixels = read_start(tmp_path / "fast.mp4", (32, 32), 1, 16)[None, :17]
+    latents = maker.vae.encode(pixels * 2 - 1)
+    expected = generate(
+        maker.student,
+        maker.vae,
+        maker.text.encode([PROMPTS[0]] * 2),
+        [5, 6],
+        maker.shape_of(videos[0]),
+        maker.sampler,
+        changes={13: maker.text.encode([PROMPTS[1]] * 2)},
+        inputs=[ChunkInput(part, 0.9) for part in latents.split(1, dim=1)],
+    )
+    own = torch.cat(list(maker.frames(videos[:2])), 1)
+    assert (own.float() - as_uint8(torch.cat(list(expected), 1)).float()).abs().max() <= 1
+    assert (own[0].float() - own[1].float()).abs().mean() > 0.1  # another seed
+
+    def refusal(*more: str) -> str:
+        code, said = scd(monkeypatch, capsys, "sample", *given, *more)
+        assert code == 2
+        return said
+
+    one = [f"prompts={json.dumps(PROMPTS[:1])}", "prompt_file=", f"out={tmp_path}/x"]
+    fast, short = f"video={tmp_path}/fast.mp4", f"video={tmp_path}/short.mp4"
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "fast.mp4").read_bytes()[:-4000])
+    for more, words in (
+        ([*one], "strength is 0.9, but there is no video"),
+        ([*one, fast, f"start={tmp_path}/red.png"], "start and video are both set"),
+        ([*one, f"video={tmp_path}/none.mp4"], "none.mp4: no such file"),
+        ([*one, f"video={tmp_path}/red.png"], "red.png: is no video by its name"),
+        ([*one, f"video={tmp_path}/cut.mp4"], "cut.mp4: cannot be decoded"),
+        ([*one, fast, "frames=21"], "gives 18 frames, of which 17 can be made anew, not 21"),
+        ([*one, fast, "strength=0.5"], "below all noise levels of the sampler"),
+        ([*one, fast, "strength=0"], "must be above 0 and at most 1"),
+        ([fast, "prompts=[a]", "prompt_file=", "samples=1"], "made for prompt"),
+        (["strength=0.7"], "from_video.strength is 0.9 there but 0.7 now"),
+        ([*one[:2], short, "samples=1"], "0000-00.mp4: made for"),
+    ):
+        assert words in refusal(*more), more
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "left in meadow", "seed": 5}\n')
+    assert "0000-00.mp4: made for then" in refusal("samples=1", fast)
+    write_video(tmp_path / "fast.mp4", frames[:20], 32)
+    start_sha256.cache_clear()
+    code, said = scd(monkeypatch, capsys, *again, tmp_path / "x")
+    assert code == 2 and "fast.mp4, which was changed since" in said
+    cfg = load_config(
+        SampleConfig,
+        None,
+        [f"checkpoint={chain.root}/stage3", "out=x", 'prompts=["a"]', short, "strength=1"],
+    )
+    maker, _ = open_generator(cfg, torch.device("cpu"))
+    from_noise = replace(wanted_videos(cfg)[0], row=PromptRow("a"))
+    parts = [
+        torch.cat(list(maker.frames([video])), 1) for video in (wanted_videos(cfg)[0], from_noise)
+    ]
+    assert torch.equal(*parts)  # strength 1: nothing is left of the video
 
 
 def test_guidance_other_prompts_and_videos_longer_than_training(

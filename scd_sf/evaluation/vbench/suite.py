@@ -82,6 +82,7 @@ class SuiteConfig:
             ("prompts", sampling.prompts),
             ("prompt_file", sampling.prompt_file),
             ("start", sampling.start),
+            ("video", sampling.video),
             ("samples", sampling.samples != 1),
             ("seed", sampling.seed and self.seeds == "vbench"),
         ):

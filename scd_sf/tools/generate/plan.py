@@ -256,7 +256,7 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
     folders = _splits([row.prompt for row in rows], cfg.val)
     specs: dict[str, Spec] = {}
     for number, row in enumerate(rows, 1):
-        if problems := [name for name in ("then", "start") if getattr(row, name)] or (
+        if problems := [name for name in ("then", "start", "video") if getattr(row, name)] or (
             [] if row.prompt else ["no prompt"]
         ):
             place = f"{cfg.prompt_file}: row" if cfg.prompt_file else "prompts: number"
