@@ -10,22 +10,44 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import serve_world
+import torch
 from browsers import QUIET, chromium
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from serve_world import TOKEN, Live, Talk
+
+from scd_sf.generation.generate import as_uint8, generate
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 HOSTILE = "</p><img src=x onerror='window.hit = 1'><script>window.hit = 1</script>"
 SAID = "document.getElementById('said').textContent"
 MESSAGE = "document.getElementById('message').textContent"
 FRAME = "Number(document.body.dataset.frame)"
+CODEC = "document.getElementById('codec').textContent"
+HAS_H264 = """VideoDecoder.isConfigSupported(
+  { codec: "avc1.42c00a", codedWidth: 32, codedHeight: 32 }).then((answer) => answer.supported)"""
+# what a browser lacks, or does from the seventh picture on, and why the page then takes JPEGs
+NO_DECODER = "this browser does not decode H.264"
+WITHOUT_H264 = {
+    "delete window.VideoDecoder": "this browser has no VideoDecoder",
+    "VideoDecoder.isConfigSupported = async () => ({ supported: false })": NO_DECODER,
+}
+FAULTS = {"throw new Error('it broke')": "it broke", "return": "the decoder holds pictures back"}
+FAULT = """
+  const decode = VideoDecoder.prototype.decode;
+  let count = 0;
+  VideoDecoder.prototype.decode = function (picture) {
+    if (++count > 6) FAULT;
+    decode.call(this, picture);
+  };
+"""
 WATCH = """
   window.frames_shown = [];
   new MutationObserver(() => window.frames_shown.push(Number(document.body.dataset.frame)))
@@ -51,12 +73,14 @@ def browser() -> Iterator[Browser]:
 class Visit:
     """A page of the server with all that it complained about or asked for."""
 
-    def __init__(self, browser: Browser, url: str, width: int = 1200, height: int = 900) -> None:
+    def __init__(
+        self, browser: Browser, url: str, width: int = 1200, height: int = 900, script: str = ""
+    ) -> None:
         self.context = browser.new_context(viewport={"width": width, "height": height})
         self.page: Page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        self.page.add_init_script(WATCH)
+        self.page.add_init_script(WATCH + script)
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -144,6 +168,69 @@ def test_busy_a_cut_and_a_phone(live: Live, browser: Browser) -> None:
     visit.page.locator("#start").click()
     visit.until("window.frames_shown.length > 4 && window.frames_shown[0] === 0")
     visit.context.close()
+
+
+def frames_of(live: Live, prompt: str, seed: int, last: int) -> np.ndarray:
+    """Frames (F, H, W, 3) uint8 of generate(), up to number ``last``."""
+    maker, latent_frames = live.maker, (last + 3) // 4 + 1
+    parts = generate(
+        maker.student,
+        maker.vae,
+        maker.encode(prompt),
+        [seed],
+        replace(maker.shape, frames=latent_frames),
+        maker.sampler,
+        window=maker.window,
+        sink=maker.sink,
+    )
+    frames = torch.cat([as_uint8(part[0]) for part in parts])
+    return frames[: last + 1].permute(0, 2, 3, 1).numpy()
+
+
+def test_the_canvas_shows_the_frames(live: Live, browser: Browser) -> None:
+    """H.264 where this Chromium has it, and JPEGs: the right picture, in its colours."""
+    url = f"http://127.0.0.1:{live.port}/"
+    for script in ("", next(iter(WITHOUT_H264))):
+        visit = Visit(browser, url, script=script)
+        visit.until("document.body.dataset.ready === 'true'")
+        visit.page.locator("#prompt").fill("left in meadow")
+        visit.page.locator("#start").click()
+        visit.until(f"{FRAME} >= 40")
+        if not script:
+            has_h264 = visit.ask(HAS_H264)
+            assert visit.ask(CODEC) == ("H.264" if has_h264 else f"JPEG ({NO_DECODER})")
+        assert visit.ask("Number(document.getElementById('rate').textContent)") > 0
+        visit.page.locator("#pause").click()
+        visit.page.wait_for_timeout(100)
+        frame = visit.ask(FRAME)
+        data = visit.ask("Array.from(stage.getImageData(0, 0, 32, 32).data)")
+        canvas = np.array(data, np.float32).reshape(32, 32, 4)[..., :3]
+        visit.context.close()
+        frames = frames_of(live, "left in meadow", 0, frame + 2).astype(np.float32)
+        # a random model's frames are noise, of which both codecs lose much
+        nearest = np.abs(frames - canvas).mean((1, 2, 3)).argmin()
+        colours = np.abs(frames[frame].mean((0, 1)) - canvas.mean((0, 1))).max()
+        assert nearest == frame and colours < 5, (script, nearest, frame, colours)
+
+
+def test_jpegs_where_h264_is_not_there_or_fails(live: Live, browser: Browser) -> None:
+    """The page says why, and plays on: a decoder that fails loses at most what it held."""
+    url = f"http://127.0.0.1:{live.port}/"
+    cases = dict(WITHOUT_H264)
+    probe = Visit(browser, url)
+    if probe.ask(HAS_H264):
+        cases |= {FAULT.replace("FAULT", fault): why for fault, why in FAULTS.items()}
+    probe.context.close()
+    for script, why in cases.items():
+        visit = Visit(browser, url, script=script)
+        visit.until("document.body.dataset.ready === 'true'")
+        visit.page.locator("#start").click()
+        visit.until(f"{CODEC} === 'JPEG ({why})'")
+        visit.until(f"{FRAME} >= 28")
+        shown = visit.ask("window.frames_shown")
+        assert shown == sorted(set(shown)) and len(shown) > 20, (why, shown)
+        assert visit.complaints == [], why
+        visit.context.close()
 
 
 def test_a_second_page_watches_along(live: Live, browser: Browser) -> None:
