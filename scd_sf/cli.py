@@ -324,6 +324,9 @@ def serve(
         list[str] | None,
         typer.Option(help="Another name (NAME or NAME:PORT) in a browser's address; repeatable."),
     ] = None,
+    watchers: Annotated[
+        int, typer.Option(help="Pages that may watch along with the viewer; 0: none.")
+    ] = 8,
     overlap: Annotated[
         str,
         typer.Option(help="Decode a chunk while the next is made: on, off, auto (on with a GPU)."),
@@ -360,6 +363,7 @@ def serve(
             host=host,
             port=port,
             names=tuple(name or ()),
+            watchers=watchers,
             overlap=overlap,
             vae_device=vae_device,
         )

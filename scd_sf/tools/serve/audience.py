@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from scd_sf.tools.serve.protocol import Chunk, Missed, Reply, Say, SeatState, Started, Switched
 
-MOST_WATCHERS = 8
 BEHIND = 3  # chunks that were sent to a watcher and not shown
 
 
@@ -28,9 +27,11 @@ class Watcher:
 
 
 class Audience:
-    """All watchers. Every method may be called from any thread, and none of them waits."""
+    """All watchers, ``most`` at a time. Every method may be called from any thread, and none of
+    them waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._lock = threading.Lock()
         self._watchers: list[Watcher] = []
         self._is_free = True
@@ -41,7 +42,7 @@ class Audience:
 
     @property
     def has_room(self) -> bool:
-        return len(self) < MOST_WATCHERS
+        return len(self) < self._most
 
     def join(self, say: Say, welcome: Reply) -> Watcher | None:
         """A watcher who was told ``welcome``, who has the seat, and what plays; None where there are

@@ -131,9 +131,15 @@ class ChunkLatents:
 class Generator:
     """Clips for one viewer at a time, made in a thread of its own. ``at_end`` is called in the
     thread when it ends, by :meth:`stop` or by ``failure``, that of either stage. ``h264``: what
-    WebCodecs calls its H.264; empty: it has none, for the reason ``no_h264``."""
+    WebCodecs calls its H.264; empty: it has none, for the reason ``no_h264``. ``most_watchers``:
+    pages that may watch along."""
 
-    def __init__(self, maker: ClipMaker, at_end: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        maker: ClipMaker,
+        at_end: Callable[[], None] = lambda: None,
+        most_watchers: int = 8,
+    ) -> None:
         self.maker = maker
         self.ahead = AHEAD_IN_A_PIPELINE if maker.overlap else AHEAD
         self.failure: BaseException | None = None
@@ -142,7 +148,7 @@ class Generator:
             self.h264 = self._new_h264().name()
         except UserError as error:
             self.no_h264 = str(error)
-        self.audience = Audience()
+        self.audience = Audience(most_watchers)
         self._at_end = at_end
         self._seat: Seat | None = None
         self._is_stopped = False

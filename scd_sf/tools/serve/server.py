@@ -106,6 +106,8 @@ class ServeConfig:
     """0: a free one."""
     names: tuple[str, ...] = ()
     """Further names of the server, as ``Host`` says them."""
+    watchers: int = 8
+    """Pages that may watch along with the viewer; 0: none."""
     overlap: str = "auto"
     """Decode a chunk while the next one is made: on, off, or auto: on a GPU."""
     vae_device: str = ""
@@ -113,7 +115,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_within(self, {"seconds": (0, 1e9), "keep": (1, 3600), "quality": (1, 95)})
-        check_within(self, {"port": (0, 65535), "sink": (-1, 1e6)})
+        check_within(self, {"port": (0, 65535), "sink": (-1, 1e6), "watchers": (0, 32)})
         if self.overlap not in OVERLAPS:
             raise UserError(f"overlap is '{self.overlap}'; use {', '.join(OVERLAPS)}")
 
@@ -479,7 +481,9 @@ def run_server(cfg: ServeConfig) -> None:
     with listener:
         port = listener.getsockname()[1]
         maker, record = open_maker(cfg)
-        generator = Generator(maker, lambda: setattr(server, "should_exit", True))
+        generator = Generator(
+            maker, lambda: setattr(server, "should_exit", True), most_watchers=cfg.watchers
+        )
         service = Service(generator, record, token, cfg.crf)
         server = web_server(service.app(Names(cfg.host, port, cfg.names)))
         generator.start()

@@ -31,10 +31,18 @@ from scd_sf.cli import serve
 from scd_sf.data.clips import read_video
 from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
-from scd_sf.tools.serve.audience import BEHIND, MOST_WATCHERS
+from scd_sf.tools.serve.audience import BEHIND
 from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
 from scd_sf.tools.serve.pictures import KEY_SECONDS, jpeg, nal_units
-from scd_sf.tools.serve.protocol import FLAGS_SHIFT, IS_H264, IS_KEY, MOST_PICTURE, Reply, Start
+from scd_sf.tools.serve.protocol import (
+    FLAGS_SHIFT,
+    IS_H264,
+    IS_KEY,
+    MOST_PICTURE,
+    Busy,
+    Reply,
+    Start,
+)
 from scd_sf.tools.serve.recording import Recording
 from scd_sf.tools.serve.safety import Names, Rate, choose_token
 from scd_sf.tools.serve.server import ServeConfig, start_picture
@@ -328,7 +336,8 @@ def test_watching_along(live: Live) -> None:
                 if number == 2 + BEHIND:
                     viewer.say(type="shown", chunk=number)
             watcher.say(type="shown", chunk=ahead + BEHIND)
-            time.sleep(0.2)  # until it is heard
+            (place,) = live.generator.audience._watchers
+            until(lambda: not place.unshown)
             switch = len(jpegs)
             viewer.say(type="prompt", prompt=HALL)
             viewer.say(type="shown", chunk=3 + BEHIND)
@@ -360,7 +369,7 @@ def test_watching_along(live: Live) -> None:
 def test_an_audience_is_bounded(live: Live) -> None:
     until(lambda: len(live.generator.audience) == 0)
     with contextlib.ExitStack() as stack:
-        watchers = [stack.enter_context(Talk(live.port, watch=True)) for _ in range(MOST_WATCHERS)]
+        watchers = [stack.enter_context(Talk(live.port, watch=True)) for _ in range(8)]
         for watcher in watchers:
             watcher.expect("watching")
         with Talk(live.port, watch=True) as page:
@@ -373,6 +382,8 @@ def test_an_audience_is_bounded(live: Live) -> None:
         with Talk(live.port, watch=True) as page:
             page.expect("watching")
     until(lambda: len(live.generator.audience) == 0)
+    nobody = Generator(live.maker, most_watchers=0).audience
+    assert not nobody.has_room and nobody.join(lambda reply, binary: None, Busy(False)) is None
 
 
 def test_foreign_names_and_pages_are_refused(live: Live) -> None:
