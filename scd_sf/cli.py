@@ -237,7 +237,9 @@ def gallery(
     folders: Annotated[
         list[Path], typer.Argument(help="Folders of samples (scd sample); one per model.")
     ],
-    out: Annotated[Path, typer.Option(help="A .html file with all videos inside, or a folder.")],
+    out: Annotated[
+        Path, typer.Option(help="A .html file with all videos inside, or a folder.")
+    ] = Path("gallery.html"),
     names: Annotated[
         str, typer.Option(help="Models' names, comma-separated; default: the folders' names.")
     ] = "",

@@ -8,7 +8,6 @@ overhead; it does not say that the calls were needed.
 
 from __future__ import annotations
 
-import logging
 import resource
 import time
 from collections import Counter
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-log = logging.getLogger(__name__)
 _HEAVY = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product"
 _CALLS_PER_TIMING = 10  # calls that a GPU is given at once, so that launching them does not count
@@ -130,14 +128,12 @@ class Peak:
 
 
 def peak_gib(reset: bool = False) -> float:
-    """Peak resident memory of this process in GiB since the last reset (Linux).
-
-    A kernel that keeps the peak of the whole life of the process is named in a warning.
-    """
+    """Peak resident memory of this process in GiB since the last reset (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak, now = (int(status[field].split()[0]) / 2**20 for field in ("VmHWM", "VmRSS"))
-    if reset and peak > now + 0.1:
-        log.warning("peak memory is of the process's whole life: this kernel does not reset it")
-    return peak
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    return int(line.split()[1]) / 2**20

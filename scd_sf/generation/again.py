@@ -152,7 +152,7 @@ def _config(
 ) -> SampleConfig:
     """The settings of the folder as ``scd sample`` takes them."""
     stored = _settings(folder)
-    same = ("checkpoint", "base", "weights", "dtype", "blocks", "sampler", "decoder")
+    same = ("checkpoint", "base", "weights", "dtype", "blocks", "sampler", "decoder", "history")
     tree = {name: stored[name] for name in (*same, "fps", "crf", "seed") if name in stored}
     tree |= {"out": str(out), "batch": batch, "force": True, "text_cache": text_cache}
     tree |= {"compile": record.compile}

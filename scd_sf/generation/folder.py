@@ -99,15 +99,20 @@ def finished_videos(out: Path) -> dict[str, dict[str, object]]:
     }
 
 
-def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest]]:
-    """At most ``size`` videos at a time, each of one start file or input video, or of none."""
+def batches(
+    videos: Sequence[VideoRequest], size: int, history: str = "keep"
+) -> list[list[VideoRequest]]:
+    """At most ``size`` videos at a time: of one start file and input video, and where a change of
+    the prompt encodes the past again, with changes at the same frames."""
+
+    def alike(video: VideoRequest) -> tuple[object, ...]:
+        row = video.row
+        return row.start, row.video, history != "keep" and [frame for frame, _ in row.then]
+
     groups: list[list[VideoRequest]] = []
     for video in videos:
         last = groups[-1] if groups else []
-        is_like = last and all(
-            getattr(last[0].row, name) == getattr(video.row, name) for name in ("start", "video")
-        )
-        if is_like and len(last) < size:
+        if last and len(last) < size and alike(last[0]) == alike(video):
             last.append(video)
         else:
             groups.append([video])
@@ -179,6 +184,9 @@ def make_videos(
         ranks.on_main(lambda: require_own_folder(out, [INDEX]))
         ranks.on_main(lambda: locks.enter_context(locked(out, "samples")))
         ranks.on_main(lambda: open_sample_folder(out, settings))
+        if ranks.is_main:
+            for remark in video_generator.remarks:
+                say(remark)
         make_missing(video_generator, out, ranks, videos)
         if ranks.is_main:
             write_json(out / INDEX, {"settings": settings, **notes, "videos": finished_videos(out)})
@@ -204,7 +212,7 @@ def make_missing(
             f"{out}: {plural(len(videos), 'video')}, {len(videos) - len(missing_videos)} finished before"
         )
     start_time, num_made = time.monotonic(), 0
-    for part in batches(own_videos, video_generator.cfg.batch):
+    for part in batches(own_videos, video_generator.cfg.batch, video_generator.cfg.history):
         make(video_generator, out, part)
         num_made += len(part)
         seconds = (time.monotonic() - start_time) / num_made

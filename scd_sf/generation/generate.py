@@ -23,7 +23,7 @@ from scd_sf.diffusion.noise import Noise, generator
 from scd_sf.diffusion.samplers import OnStep, Sampler
 from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.inputs import ChunkInput, FromInputs, InputsEnd
-from scd_sf.generation.rollout import stream_rollout
+from scd_sf.generation.rollout import PromptChange, stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.interface import FrameStreamer, check_chunks
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae
@@ -47,7 +47,7 @@ def generate(
     window: int = 0,
     sink: int = 0,
     start: Tensor | None = None,
-    changes: Mapping[int, Conditioning] | None = None,
+    changes: Mapping[int, PromptChange] | None = None,
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
     decoder: PixelDecoder | None = None,
@@ -100,10 +100,10 @@ def clip_latents(
     window: int = 0,
     sink: int = 0,
     start: Tensor | None = None,
-    changes: Mapping[int, Conditioning] | None = None,
+    changes: Mapping[int, PromptChange] | None = None,
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
-    next_prompt: Callable[[], Conditioning | None] | None = None,
+    next_prompt: Callable[[], PromptChange | None] | None = None,
     initial: Tensor | None = None,
     on_step: OnStep | None = None,
     inputs: Iterable[ChunkInput] | None = None,
@@ -150,10 +150,10 @@ def generate_latents(
     window: int = 0,
     sink: int = 0,
     history: Tensor | None = None,
-    changes: Mapping[int, Conditioning] | None = None,
+    changes: Mapping[int, PromptChange] | None = None,
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
-    next_prompt: Callable[[], Conditioning | None] | None = None,
+    next_prompt: Callable[[], PromptChange | None] | None = None,
     initial: Tensor | None = None,
     on_step: OnStep | None = None,
     inputs: Iterable[ChunkInput] | None = None,
@@ -163,7 +163,7 @@ def generate_latents(
     ``cond``: B rows; ``seeds``: one per row. ``shape``: (F, C, H, W) of the whole clip, ``history``
     included. ``window``, ``sink``: latent frames that the cache keeps (0: all). ``history``:
     latents (B, F', C, H, W) that the clip begins with; they are not yielded. ``changes``: other
-    conditions from the n-th yielded chunk on. ``next_prompt``: asked for them right before every
+    prompts from the n-th yielded chunk on. ``next_prompt``: asked for them right before every
     chunk (None: they stay), for a prompt that is typed while the video runs. ``guidance`` with
     ``null``: away from this condition (one row, or B). ``initial``: noise (B, F, C, H, W) to begin
     from instead of the seeds' own; what is drawn later still is theirs. ``on_step``: called after
@@ -187,10 +187,10 @@ def generate_latents(
             student, guidance, as_stored(null), noise.role("corruption", repeat=True)
         )
 
-    def prompt_from(number: int) -> Conditioning | None:
+    def prompt_from(number: int) -> PromptChange | None:
         new = next_prompt() if next_prompt is not None else None
         new = (changes or {}).get(number) if new is None else new
-        return None if new is None else as_stored(new)
+        return None if new is None else replace(new, cond=as_stored(new.cond))
 
     chunks = stream_rollout(
         streamer,

@@ -43,8 +43,10 @@ from scd_sf.generation.request import (
     choose_steps,
     input_frames,
     start_pixels,
+    unusual,
     video_pixels,
 )
+from scd_sf.generation.rollout import PromptChange, check_history
 from scd_sf.models.build import (
     CheckpointConfig,
     SamplerConfig,
@@ -334,9 +336,10 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         return pixels
 
     def _changes(
-        self, then: Later, shape: VideoShape, prompts: int, per_prompt: int
-    ) -> dict[int, Conditioning]:
+        self, then: Later, history: str, shape: VideoShape, prompts: int, per_prompt: int
+    ) -> dict[int, PromptChange]:
         """Conditions of B rows from pixel frames on."""
+        check_history(history)
         changes = {}
         try:
             pairs = sorted(dict(then).items())
@@ -349,7 +352,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
                 raise UserError(f"then: {frame!r} is no pixel frame; give a whole number from 1 on")
             check_later(frame, shape)
             states = self._encode(_texts(text, "then", prompts))
-            changes[frame] = Conditioning(states.repeat_interleave(per_prompt, 0))
+            cond = Conditioning(states.repeat_interleave(per_prompt, 0))
+            changes[frame] = PromptChange(cond, history)
         return changes
 
     def _on_step(self, callback: Callback, tensor_inputs: Sequence[str]) -> OnStep:
@@ -396,6 +400,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         video: object = None,
         strength: float | None = None,
         then: Later | None = None,
+        history: str = "keep",
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -436,7 +441,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         as they give unless ``num_frames``. ``strength``: the share of noise that is put into them,
         0.8 by default; the sampler's first time at or below is taken (diffusers' is a share of the
         steps). No student is trained for it.
-        ``then``: other prompts from pixel frames on, {41: "it rains"}. ``window``: the last latent
+        ``then``: other prompts from pixel frames on, {41: "it rains"}; ``history``: what becomes of
+        the past there (:class:`~scd_sf.generation.rollout.PromptChange`). ``window``: the last latent
         frames of history, which are kept, 0 all; ``sink``: its first, which stay too.
 
         ``negative_prompt`` ("wan": Wan 2.1's own) needs ``guidance_scale`` above 1, or ``guidance``,
@@ -466,6 +472,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         steps = choose_steps(trained, sampler, num_inference_steps, source, force=force).build()
         shape = self.shape(num_frames or frames, height, width)
         kind = choose_guidance(guidance, guidance_scale)
+        for remark in unusual(trained, kind, shape, window, self.description.origin):
+            log.warning("%s", remark)
         states = self._states(prompt, prompt_embeds, "prompt")
         prompts, per_prompt = len(states), num_videos_per_prompt
         seeds = choose_seeds(seed, generator, prompts, per_prompt)
@@ -502,7 +510,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             window=window,
             sink=sink,
             start=None if known is None else known.repeat_interleave(per_prompt, 0),
-            changes=self._changes(then or {}, shape, prompts, per_prompt),
+            changes=self._changes(then or {}, history, shape, prompts, per_prompt),
             guidance=kind,
             null=None if null is None else Conditioning(null.repeat_interleave(per_prompt, 0)),
             initial=None if latents is None else latents.transpose(1, 2),
@@ -542,6 +550,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         video: object = None,
         strength: float | None = None,
         then: Later | None = None,
+        history: str = "keep",
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -575,6 +584,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             video=video,
             strength=strength,
             then=then,
+            history=history,
             height=height,
             width=width,
             num_frames=num_frames,

@@ -118,6 +118,31 @@ def choose_guidance(guidance: SampleGuidance | None, scale: object) -> SampleGui
     return SampleGuidance(text if text.w > 1 else GuidanceConfig())
 
 
+def unusual(
+    sampler: SamplerConfig,
+    guidance: SampleGuidance,
+    shape: VideoShape,
+    window: int,
+    origin: Mapping[str, object],
+) -> list[str]:
+    """What is asked for that the student was not trained for, in words; none of it is an error.
+    ``sampler``: the trained one; ``origin``: its provenance."""
+    remarks = []
+    if sampler.name == "renoise" and guidance.on:
+        remarks.append(
+            "guidance is on, but a student distilled by Self-Forcing is meant to be sampled without it"
+        )
+    video = origin.get("video")
+    trained_frames = video.get("frames") if isinstance(video, dict) else None
+    if isinstance(trained_frames, int) and shape.pixel_frames > trained_frames and not window:
+        latent = 1 + (trained_frames - 1) // shape.temporal
+        remarks.append(
+            f"{shape.pixel_frames} frames are more than the {trained_frames} of training: without a window the picture "
+            f"may drift; window and sink of together {latent} latent frames are what was trained"
+        )
+    return remarks
+
+
 def choose_seeds(
     seed: int | Sequence[int] | None,
     generator: torch.Generator | Sequence[torch.Generator] | None,

@@ -29,7 +29,9 @@ from scd_sf.generation.request import (
     choose_sampler,
     choose_shape,
     input_frames,
+    unusual,
 )
+from scd_sf.generation.rollout import PromptChange, check_history
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import (
     CheckpointConfig,
@@ -103,6 +105,9 @@ class SampleConfig:
     """The last latent frames of history that are kept, for videos longer than training; 0: all."""
     sink: int = 0
     """Latent frames at the beginning that stay, too, beside the window's."""
+    history: str = "keep"
+    """What becomes of the past where the prompt changes: keep, recache (encode it again under the
+    new prompt) or flush (forget all but the last chunk)."""
     dtype: str = "fp32"
     """Type of the student and the text encoder: fp32, bf16 or fp16; the VAE computes in fp32."""
     blocks: BlocksConfig | None = None
@@ -127,6 +132,7 @@ class SampleConfig:
             raise UserError(
                 f"fps is {self.fps}, it must be at most {FPS}; seed is {self.seed}, it must be 0 or more"
             )
+        check_history(self.history)
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
@@ -236,6 +242,7 @@ class VideoGenerator:
     shape: VideoShape
     device: torch.device
     decoder: TinyVae | None = None
+    remarks: list[str] = field(default_factory=list)
 
     @cached_property
     def negative(self) -> Conditioning:
@@ -288,14 +295,15 @@ class VideoGenerator:
             "frames": self.cfg.frames,
         }
 
-    def changes(self, videos: Sequence[VideoRequest]) -> dict[int, Conditioning]:
+    def changes(self, videos: Sequence[VideoRequest]) -> dict[int, PromptChange]:
         """The batch's prompts from every pixel frame on where one of them changes."""
-        prompts, conditions = [video.row.prompt for video in videos], {}
+        prompts, changes = [video.row.prompt for video in videos], {}
         for frame in sorted({frame for video in videos for frame, _ in video.row.then}):
             for index, video in enumerate(videos):
                 prompts[index] = dict(video.row.then).get(frame, prompts[index])
-            conditions[frame] = self.text.encode(prompts).to(self.device)
-        return conditions
+            cond = self.text.encode(prompts).to(self.device)
+            changes[frame] = PromptChange(cond, self.cfg.history)
+        return changes
 
     def frames(self, videos: Sequence[VideoRequest]) -> Iterator[Tensor]:
         """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE
@@ -352,6 +360,7 @@ def open_generator(
         if cfg.guidance.on
         else None,
         "window": [cfg.window, cfg.sink] if cfg.window else None,
+        "history": cfg.history,
         "size": [shape.pixel_frames, shape.pixel_height, shape.pixel_width],
         "fps": cfg.fps,
         "crf": cfg.crf,
@@ -361,7 +370,10 @@ def open_generator(
     if cfg.decoder:
         settings["decoder_sha256"] = sha256_file(decoder_file(cfg.decoder))
     compile_steps(student.to(device, dtype_of(cfg.dtype)), cfg.compile, device)
-    parts = VideoGenerator(cfg, student, sampler.build(), vae, text, shape, device, decoder)
+    remarks = unusual(trained_sampler, cfg.guidance, shape, cfg.window, origin)
+    parts = VideoGenerator(
+        cfg, student, sampler.build(), vae, text, shape, device, decoder, remarks
+    )
     return parts, settings
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -25,7 +26,9 @@ from scd_sf.generation.generate import (
 )
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.inputs import ChunkInput, chunk_inputs
+from scd_sf.generation.rollout import PromptChange, stream_rollout
 from scd_sf.models.wan.vae import load_vae
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError
 
 SHAPE = (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
@@ -124,9 +127,56 @@ def test_history_and_other_prompts(variant: tiny.Variant) -> None:
     whole = made(variant, cond, [3], 4, Euler(2))
     rest = made(variant, cond, [3], 4, Euler(2), history=whole[:, :n])
     torch.testing.assert_close(rest, whole[:, n:], **CLOSE)
-    switched = made(variant, cond, [3], 4, Euler(2), changes={2: other})
+    switched = made(variant, cond, [3], 4, Euler(2), changes={2: PromptChange(other)})
     assert torch.equal(switched[:, : 2 * n], whole[:, : 2 * n])
     assert float((switched[:, 2 * n :] - whole[:, 2 * n :]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("variant", [v for v in tiny.FEW if not str(v).startswith("dit")], ids=str)
+def test_the_past_is_encoded_again_or_forgotten(variant: tiny.Variant) -> None:
+    """Where the prompt changes, the clip goes on as one that begins with the frames that are left:
+    all that the window and the sink hold, or the last chunk."""
+    prompts = [tiny.prompts(1, seed, dtype=torch.float32) for seed in (0, 5)]
+    cond, other = (replace(prompt, actions_BF=None) for prompt in prompts)
+    n = variant.chunk
+    whole = made(variant, cond, [3], 4, Euler(2))
+    again = made(variant, cond, [3], 4, Euler(2), changes={2: PromptChange(cond, "recache")})
+    torch.testing.assert_close(again, whole, **CLOSE)  # the same prompt and all frames: nothing new
+    model = tiny.student(variant, dtype=torch.float32)
+    noise = torch.randn(1, 8 * n, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+    def rolled(start: Conditioning, chunks: Tensor, **more: Any) -> Tensor:
+        with torch.no_grad():
+            parts = stream_rollout(
+                model,
+                chunks,
+                start,
+                Euler(2),
+                torch.zeros_like,
+                query_noise=lambda x: noise[:, :n] + 0 * x,
+                cache=CacheConfig.sampling(2 * n, n, 8 * n),
+                **more,
+            )
+            return clips_of(parts)
+
+    for history, left in (("recache", [0, 3, 4]), ("flush", [4]), ("keep", None)):
+        changes = {5: PromptChange(other, history)}
+        clip = rolled(cond, noise, prompts=changes.get)
+        assert torch.equal(clip[:, : 5 * n], rolled(cond, noise[:, : 5 * n]))
+        for second in ("recache", "flush"):  # what was forgotten stays so
+            twice = rolled(cond, noise, prompts=(changes | {6: PromptChange(cond, second)}).get)
+            assert torch.equal(twice[:, : 6 * n], clip[:, : 6 * n])
+            assert float((twice[:, 6 * n :] - clip[:, 6 * n :]).abs().max()) > 1e-5
+        if left is not None:
+            known = torch.cat([clip[:, place * n : (place + 1) * n] for place in left], 1)
+            rest = rolled(other, noise[:, 5 * n :], history=known)
+            torch.testing.assert_close(clip[:, 5 * n :], rest, **CLOSE)
+            kept = rolled(cond, noise, prompts={5: PromptChange(other)}.get)
+            assert float((clip[:, 5 * n :] - kept[:, 5 * n :]).abs().max()) > 1e-5
+    with pytest.raises(UserError, match="use keep, recache, flush"):
+        PromptChange(other, "forget")
+    with pytest.raises(UserError, match="not for actions"):
+        PromptChange(Conditioning.of_frames(1, torch.zeros(1, 3)), "recache")
 
 
 def test_text_states_are_those_that_are_stored() -> None:

@@ -25,7 +25,7 @@ from scd_sf.generation.sampling import SampleConfig, open_generator, wanted_vide
 from scd_sf.models.build import load_student
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.vae import load_vae
-from scd_sf.types import Conditioning, VideoShape
+from scd_sf.types import Conditioning, UserError, VideoShape
 
 PROMPTS = ["left in meadow", "still in hall"]
 SHAPE = VideoShape(3, 4, 4, 4)
@@ -37,7 +37,7 @@ def sampled(chain: Chain, *more: str, batch: int = 1) -> list[Tensor]:
     video_generator, _ = open_generator(load_config(SampleConfig, None, given), torch.device("cpu"))
     return [
         video
-        for part in batches(wanted_videos(video_generator.cfg), batch)
+        for part in batches(wanted_videos(video_generator.cfg), batch, video_generator.cfg.history)
         for video in clips_of(video_generator.frames(part))
     ]
 
@@ -111,6 +111,29 @@ def test_the_script_the_pipeline_and_its_stream(
     long = as_uint8(pipe(PROMPTS[1], seed=7, frames=25, output_type="pt").frames)[0]
     assert torch.equal(long[: len(wanted)], wanted)
     assert torch.equal(sampled(chain, *given[1:2], "seed=7", "frames=25")[0], long)
+
+
+def test_a_change_of_the_prompt_keeps_to_its_video(
+    chain: Chain, pipe: SCDWanPipeline, tmp_path: Path
+) -> None:
+    """Where the past is encoded again, too: other videos of the batch are those made alone."""
+    rows = [
+        {"prompt": PROMPTS[0], "then": then, "seed": seed}
+        for seed, then in enumerate([[[5, PROMPTS[1]]], [[5, PROMPTS[1]]], [], [[9, PROMPTS[1]]]])
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"prompt_file={tmp_path}/p.jsonl", "frames=17", "window=2", "sink=1"]
+    alone = sampled(chain, *given, "history=recache")
+    for together, video in zip(
+        sampled(chain, *given, "history=recache", batch=4), alone, strict=True
+    ):
+        same(together, video)
+    assert not torch.equal(alone[0], sampled(chain, *given)[0])
+    more = {"frames": 17, "window": 2, "sink": 1, "output_type": "pt"}
+    video = pipe(PROMPTS[0], seed=0, then={5: PROMPTS[1]}, history="recache", **more).frames
+    assert torch.equal(as_uint8(video)[0], alone[0])
+    with pytest.raises(UserError, match="history is 'none'"):
+        pipe(PROMPTS[0], then={5: PROMPTS[1]}, history="none")
 
 
 def test_a_validation_video(

@@ -219,6 +219,7 @@ def test_a_video_is_made_again_from_its_manifest(
     given = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/rich", "frames=17", "crf=0"]
     given += [f"prompt_file={tmp_path}/p.jsonl", "guidance.text.scale=2", "guidance.scope=decoder"]
     given += ["negative_prompt=left", "window=2", "sink=1", "dtype=bf16", "text_cache=off"]
+    given += ["history=recache"]
     code, said = scd(monkeypatch, capsys, "sample", *given)
     assert code == 0, said
     shutil.copytree(made, tmp_path / "samples")

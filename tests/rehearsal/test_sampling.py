@@ -19,7 +19,7 @@ from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.samplers import Euler, FewStepSampler, Sampler, UniPC
 from scd_sf.generation.generate import clips_of, decode, generate, generate_latents
 from scd_sf.generation.guided import SampleGuidance
-from scd_sf.generation.rollout import sample_bidirectional
+from scd_sf.generation.rollout import PromptChange, sample_bidirectional
 from scd_sf.models.blocks import BlocksConfig, SkipConfig, running_as
 from scd_sf.models.wan.vae import Vae
 from scd_sf.nn.layers import channels_last
@@ -128,7 +128,7 @@ def test_from_start_frames_to_pixels(cuda: FakeCuda) -> None:
         window=2,
         sink=1,
         start=start,
-        changes={9: told()},
+        changes={9: PromptChange(told())},
     )
     with cuda.budget(BUDGETS["start frames, encoded and decoded"]):
         first = next(frames)

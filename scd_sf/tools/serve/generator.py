@@ -22,12 +22,14 @@ from torch import Tensor
 from scd_sf.data.start import check_start
 from scd_sf.diffusion.samplers import Sampler
 from scd_sf.generation.generate import as_uint8, clip_latents, pixels_of
+from scd_sf.generation.rollout import PromptChange
 from scd_sf.models.build import Student
 from scd_sf.models.wan.text import TextEncoder
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae
 from scd_sf.tools.serve.audience import Audience
 from scd_sf.tools.serve.pictures import H264, Codec, EncodedPicture, jpeg
 from scd_sf.tools.serve.protocol import (
+    ChangePrompt,
     Chunk,
     Ended,
     Error,
@@ -98,7 +100,7 @@ class Seat:
     is_paused: bool = False
     h264: H264 | None = None
     wanted: ClipRequest | None = None
-    prompt: str | None = None
+    change: ChangePrompt | None = None
     clip: ClipRequest | None = None
     recording: Recording = field(default_factory=lambda: Recording(1))
 
@@ -119,12 +121,12 @@ class LiveClip:
 
 @dataclass(frozen=True)
 class ChunkLatents:
-    """Latents (1, n, C, H, W) on their way to the second stage: when they are ``ready``, the prompt
-    that holds from them on, if it is another one, and the seconds that they took."""
+    """Latents (1, n, C, H, W) on their way to the second stage: when they are ``ready``, another
+    prompt that holds from them on, if there is one, and the seconds that they took."""
 
     latents: Tensor
     ready: torch.cuda.Event | None
-    prompt: str | None
+    change: ChangePrompt | None
     seconds: float
 
 
@@ -198,15 +200,15 @@ class Generator:
     def play(self, seat: Seat, request: ClipRequest) -> None:
         """Another clip instead of the one that is made."""
         with self._changed:
-            seat.wanted, seat.prompt, seat.is_paused = request, None, False
+            seat.wanted, seat.change, seat.is_paused = request, None, False
             self._changed.notify_all()
 
-    def change_prompt(self, seat: Seat, prompt: str) -> None:
+    def change_prompt(self, seat: Seat, change: ChangePrompt) -> None:
         """UserError: there is no clip whose prompt could change."""
         with self._changed:
             if seat.clip is None and seat.wanted is None:
                 raise UserError("nothing is playing; press start first")
-            seat.prompt = prompt
+            seat.change = change
 
     def pause(self, seat: Seat, on: bool) -> None:
         with self._changed:
@@ -303,13 +305,15 @@ class Generator:
             check_start(1, maker.student.chunk, maker.shape, "picture")
             start = request.picture[None, None]
         self._tell(clip, Started(request.start.seed, request.start.prompt))
-        prompt: str | None = None  # another one from this chunk on
+        change: ChangePrompt | None = None  # from this chunk on
 
-        def next_prompt() -> Conditioning | None:
-            nonlocal prompt
+        def next_prompt() -> PromptChange | None:
+            nonlocal change
             with self._changed:
-                prompt, seat.prompt = seat.prompt, None
-            return None if prompt is None else maker.encode(prompt)
+                change, seat.change = seat.change, None
+            if change is None:
+                return None
+            return PromptChange(maker.encode(change.prompt), change.history)
 
         chunks = clip_latents(
             maker.student,
@@ -330,7 +334,7 @@ class Generator:
                 self._stage.put(lambda: self._tell(clip, Ended(clip.num_frames)))
                 return
             seconds = time.monotonic() - began
-            chunk = ChunkLatents(latents, ready(latents), prompt, seconds)
+            chunk = ChunkLatents(latents, ready(latents), change, seconds)
             self._stage.put(partial(self._show, clip, chunk))
 
     # -------------------------------------------------------------------------- the second stage
@@ -370,9 +374,9 @@ class Generator:
             if self._is_over(clip):
                 return
             first = clip.num_frames
-            if chunk.prompt is not None:
-                seat.recording.changed(first, chunk.prompt)
-                self._say_to_all(seat, Switched(first, chunk.prompt))
+            if (change := chunk.change) is not None:
+                seat.recording.changed(first, change.prompt, change.history)
+                self._say_to_all(seat, Switched(first, change.prompt, change.history))
             seat.made += 1
             seat.recording.add(pictures)
             speeds = clip.speeds.frames_per_second()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -53,9 +53,11 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"
 
 
 class ChangePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="prompt"):
-    """Another prompt from the next chunk on; the history is kept."""
+    """Another prompt from the next chunk on. ``history``: what becomes of the past
+    (:class:`~scd_sf.generation.rollout.PromptChange`)."""
 
     prompt: Prompt
+    history: Literal["keep", "recache", "flush"] = "keep"
 
 
 class Pause(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pause"):
@@ -173,11 +175,11 @@ class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk"
 
 
 class Switched(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="switched"):
-    """The prompt holds from this frame on; the past is what it was (``history``)."""
+    """The prompt holds from this frame on; ``history``: as it was asked for."""
 
     frame: int
     prompt: str
-    history: str = "keep"
+    history: str
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ended"):

@@ -24,11 +24,11 @@ MOST_CHANGES = 1000  # changes of the prompt that are remembered
 @dataclass(frozen=True)
 class KeptClip:
     """A moment of a :class:`Recording`, which goes on: chunks (F, 3, H, W) uint8 whose first frame
-    is ``first``, and changes of the prompt as (frame, prompt)."""
+    is ``first``, and changes of the prompt as (frame, prompt, history)."""
 
     chunks: tuple[Tensor, ...]
     first: int
-    changes: tuple[tuple[int, str], ...]
+    changes: tuple[tuple[int, str, str], ...]
     lost_changes: int
 
 
@@ -40,7 +40,7 @@ class Recording:
         self._frames, self._limit = frames, limit
         self._chunks: deque[Tensor] = deque()
         self._bytes = self._held = self._first = 0
-        self._changes: deque[tuple[int, str]] = deque(maxlen=MOST_CHANGES)
+        self._changes: deque[tuple[int, str, str]] = deque(maxlen=MOST_CHANGES)
         self._num_changes = 0
 
     def add(self, frames_F3HW: Tensor) -> None:
@@ -56,9 +56,9 @@ class Recording:
             self._bytes -= oldest.nbytes
             self._first += len(oldest)
 
-    def changed(self, frame: int, prompt: str) -> None:
+    def changed(self, frame: int, prompt: str, history: str) -> None:
         """Another prompt holds from ``frame`` on."""
-        self._changes.append((frame, prompt))
+        self._changes.append((frame, prompt, history))
         self._num_changes += 1
 
     def kept(self) -> KeptClip:

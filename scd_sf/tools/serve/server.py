@@ -302,7 +302,7 @@ class Viewer:
                 sha256 = self._picture_sha256 if request.picture else ""
                 generator.play(seat, ClipRequest(request, picture, sha256, time.monotonic()))
             case ChangePrompt():
-                generator.change_prompt(seat, request.prompt)
+                generator.change_prompt(seat, request)
             case Pause():
                 generator.pause(seat, request.on)
             case UseCodec():

@@ -30,6 +30,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from scd_sf.cli import serve
 from scd_sf.data.clips import read_video
 from scd_sf.generation.generate import as_uint8, generate
+from scd_sf.generation.rollout import PromptChange
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
 from scd_sf.tools.serve.audience import BEHIND
 from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
@@ -61,7 +62,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def made(live: Live, frames: int, prompt: str, seed: int, **options: Any) -> list[bytes]:
     """JPEGs of the first latent ``frames`` of generate()."""
     maker = live.maker
-    changes = {at: maker.encode(text) for at, text in options.pop("changes", {}).items()}
+    changes = {
+        at: PromptChange(maker.encode(text), history)
+        for at, (text, history) in options.pop("changes", {}).items()
+    }
     parts = generate(
         maker.student,
         maker.vae,
@@ -118,7 +122,7 @@ def test_what_is_sent_is_what_generate_makes(live: Live) -> None:
             assert head["dit_fps"] > 0 and head["vae_fps"] > 0 and head["first_seconds"] > 0
             if number <= 6 - live.generator.ahead:
                 page.say(type="shown", chunk=number)
-        page.say(type="prompt", prompt=HALL)  # chunk 7 waits for credit
+        page.say(type="prompt", prompt=HALL, history="recache")  # chunk 7 waits for credit
         page.say(type="shown", chunk=6)
         switch = None
         while len(jpegs) < 1 + 4 * 8:
@@ -130,10 +134,10 @@ def test_what_is_sent_is_what_generate_makes(live: Live) -> None:
                 assert message["frame"] == len(jpegs), "told between the last and the first frame"
             else:
                 page.say(type="shown", chunk=message["chunk"])
-        assert switch is not None and switch["prompt"] == HALL and switch["history"] == "keep"
+        assert switch is not None and (switch["prompt"], switch["history"]) == (HALL, "recache")
         assert switch["frame"] == 1 + 4 * 5
-        assert jpegs == made(live, 9, MEADOW, 7, changes={switch["frame"]: HALL})
-        assert jpegs != made(live, 9, MEADOW, 7)
+        assert jpegs == made(live, 9, MEADOW, 7, changes={switch["frame"]: (HALL, "recache")})
+        assert jpegs != made(live, 9, MEADOW, 7, changes={switch["frame"]: (HALL, "keep")})
         page.say(type="start", prompt=HALL, seed=8)
         while not (isinstance(message := page.hear(), dict) and message["type"] == "started"):
             pass
@@ -459,7 +463,7 @@ def test_a_recording_is_bounded() -> None:
     for number in range(2000):
         for recording in (by_frames, by_bytes):
             recording.add(frame + number % 7)
-            recording.changed(4 * number, "x")
+            recording.changed(4 * number, "x", "keep")
     kept = by_frames.kept()
     assert len(kept.chunks) == 3 and kept.first == 4 * 1997 and len(kept.changes) == 1000
     assert kept.lost_changes == 1000 and len(by_bytes.kept().chunks) == 3

@@ -279,7 +279,7 @@ function start() {
 }
 
 function change() {
-  if (playing && !watching) send({ type: "prompt", prompt: at("prompt").value });
+  if (playing && !watching) send({ type: "prompt", prompt: at("prompt").value, history: at("history").value });
   else start();
 }
 
@@ -313,7 +313,7 @@ at("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); change(); }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("textarea, input, button") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("textarea, input, select, button") || event.ctrlKey || event.metaKey || event.altKey) return;
   const action = { " ": pause, r: start, "/": () => at("prompt").focus(), f: () => at("stage").requestFullscreen() }[event.key.toLowerCase()];
   if (action) { event.preventDefault(); action(); }
 });
