@@ -11,12 +11,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 EXTRAS ?= dev,demo,data,cluster,eval,wandb,serve,docs
-PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q $(PIPFLAGS)
 # Paths may be given: make test T=tests/nn ; SLOW=1 adds the slow tests ; ARGS goes to the command as it is.
 T ?= tests
 SLOW ?=
 # All tests run in two processes of one thread each; WORKERS=0: in one, as `pytest` alone does.
 WORKERS ?= 2
+PIPFLAGS ?=
 PARALLEL = $(if $(filter tests,$(T)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 ARGS ?=
 # Prints the torch and torchvision that are in an environment, as pip's constraints: left alone, pip would replace a torch

@@ -27,6 +27,7 @@ TOY = {
     r"clips: \d+": "clips: 2",
     r"sampler\.steps=\d+": "sampler.steps=2",
 }
+MOST_LINES = 6  # of a file that the page gives
 BLOCK = re.compile(r"^```(?:(\w+) title=\"([\w./-]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -50,7 +51,7 @@ def follow(page: str, folder: Path) -> None:
     for title, text in steps(page):
         if title:
             (folder / title).parent.mkdir(parents=True, exist_ok=True)
-            (folder / title).write_text(text)
+            (folder / title).write_text("".join(text.splitlines(keepends=True)[:MOST_LINES]))
             continue
         command = text
         for pattern, small in TOY.items():

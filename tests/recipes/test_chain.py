@@ -165,41 +165,29 @@ def test_plain_python_command(chain: Chain, tmp_path: Path) -> None:
     assert "copied bit for bit" in out and find(tmp_path / "s1").name == "step_00000000"
 
 
-LAUNCHERS = {
-    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port"],
-    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port"],
-}
+def launcher(name: str) -> list[str]:
+    ranks = {"deepspeed": "--num_accelerators", "torchrun": "--nproc_per_node"}[name]
+    return [name, ranks, "2", "--master_port", recipe_runner.free_port()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_two_processes_give_the_losses_of_one(chain: Chain, tmp_path: Path, name: str) -> None:
-    """Stages under the launcher with DeepSpeed's ZeRO-2 on two processes equal plain torch on one:
-    all three under ``deepspeed``, stage 3 under ``torchrun``."""
-    start = [*LAUNCHERS[name], recipe_runner.free_port()]
-    if name == "deepspeed":
-        launch(
-            [
-                *start,
-                "recipes/stage1_transplant.py",
-                f"base={chain.wan}",
-                f"out={tmp_path}/s1",
-                "family=causal",
-            ]
-        )
-        assert find(tmp_path / "s1").name == "step_00000000"
-        launch(
-            [
-                *start,
-                "recipes/stage2_flow_matching.py",
-                *chain.stage2(tmp_path / "s2"),
-                "engine.backend=deepspeed",
-            ]
-        )
-        one, two = tiny_run.metrics(chain.root / "stage2"), tiny_run.metrics(tmp_path / "s2")
-        for left, right in zip(one, two, strict=True):
-            assert right["loss"] == pytest.approx(left["loss"], abs=1e-5)
-            assert right.get("val/loss") == pytest.approx(left.get("val/loss"), abs=1e-5)
+def test_stage2_of_two_processes_under_torchrun(chain: Chain, tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-2 on two processes has the losses of plain torch on one."""
+    arguments = [*chain.stage2(tmp_path / "s2"), "engine.backend=deepspeed"]
+    launch([*launcher("torchrun"), "recipes/stage2_flow_matching.py", *arguments])
+    one, two = tiny_run.metrics(chain.root / "stage2"), tiny_run.metrics(tmp_path / "s2")
+    for left, right in zip(one, two, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], abs=1e-5)
+        assert right.get("val/loss") == pytest.approx(left.get("val/loss"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_stages_1_and_3_of_two_processes_under_deepspeed(chain: Chain, tmp_path: Path) -> None:
+    """As :func:`test_stage2_of_two_processes_under_torchrun`."""
+    start = launcher("deepspeed")
+    arguments = [f"base={chain.wan}", f"out={tmp_path}/s1", "family=causal"]
+    launch([*start, "recipes/stage1_transplant.py", *arguments])
+    assert find(tmp_path / "s1").name == "step_00000000"
     kinds = [
         f"{engine}.backend=deepspeed"
         for engine in ("student_engine", "critic_engine", "teacher_engine")

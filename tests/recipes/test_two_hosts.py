@@ -18,13 +18,13 @@ from tiny_run import Chain
 from scd_sf.checkpoint import find
 from scd_sf.tools.runs.curve import read_tail
 
-STEPS, SAVE_EVERY = 40, 5
+STEPS, SAVE_EVERY = 24, 4
 BOUND = 120.0  # seconds; a lost host was noticed within 10
 
 
 def recipe(chain: Chain, run: Path) -> list[str]:
     """Stage 2 and its arguments."""
-    train = f"train={{steps: {STEPS}, global_batch: 4, micro_batch: 2, save_every: {SAVE_EVERY}, validate_every: 20}}"
+    train = f"train={{steps: {STEPS}, global_batch: 4, micro_batch: 2, save_every: {SAVE_EVERY}, validate_every: 12}}"
     arguments = [text for text in chain.stage2(run) if not text.startswith(("train=", "engine="))]
     return [
         "recipes/stage2_flow_matching.py",
@@ -98,8 +98,8 @@ def test_a_lost_host_ends_the_other_and_the_same_commands_go_on(
     whole, run = tmp_path / "whole", tmp_path / "run"
     unbroken = recipe_runner.run_ranks(*recipe(chain, whole), world=2)
     assert [result.code for result in unbroken] == [0, 0], unbroken[0].err
-    lose(1, start(chain, run, tmp_path / "1"), run, 7, tmp_path / "1")
-    lose(0, start(chain, run, tmp_path / "2"), run, 22, tmp_path / "2")
+    lose(1, start(chain, run, tmp_path / "1"), run, 5, tmp_path / "1")
+    lose(0, start(chain, run, tmp_path / "2"), run, 13, tmp_path / "2")
     finish(start(chain, run, tmp_path / "3"), tmp_path / "3")
     assert tiny_run.metrics(run) == tiny_run.metrics(whole)
     assert find(run).name == f"step_{STEPS:08d}"

@@ -19,10 +19,10 @@ from scd_sf.distributed import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-# Every stage of the student and of the critic, the teacher offloaded and not with both.
+# Every stage of the student and of the critic, the teacher offloaded and not.
 MATRIX = [
     Case(student, critic, offload_teacher=(student + critic) % 2 == 0)
-    for student, critic in ((0, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2))
+    for student, critic in ((0, 1), (1, 2), (2, 2), (3, 1))
 ]
 STAGE2 = [Case(stage, 2, stage2=True) for stage in (1, 2, 3)]
 WITHOUT_CHECKPOINTING = [
@@ -32,8 +32,7 @@ WITHOUT_CHECKPOINTING = [
 PLAIN = [Case("local", "local"), Case("local", "local", stage2=True)]
 FP32 = [*MATRIX, *STAGE2, *WITHOUT_CHECKPOINTING, *PLAIN]
 BF16 = [
-    Case(student, critic, dtype="bf16")
-    for student, critic in (("local", "local"), (1, 2), (2, 1), (3, 2))
+    Case(student, critic, dtype="bf16") for student, critic in (("local", "local"), (1, 2), (3, 2))
 ]
 Results = list[dict[str, dict[str, float]]]
 

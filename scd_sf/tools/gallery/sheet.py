@@ -48,7 +48,7 @@ def contact_sheet(page: Page, out: Path) -> Path:
         if moving:
             options = {"save_all": True, "append_images": sheets[1:], "loop": 0, "quality": 80}
             with own_file(out, fresh=True) as part:
-                sheets[0].save(part, "WEBP", duration=round(1000 / page.fps), method=6, **options)
+                sheets[0].save(part, "WEBP", duration=round(1000 / page.fps), **options)
         else:
             metadata = PngInfo()
             metadata.add_text("Software", MADE_BY)

@@ -147,7 +147,8 @@ def test_a_smaller_job_that_fits_is_found(tmp_path: Path) -> None:
     large = dataclasses.replace(WanConfig(), num_layers=31)
 
     def read(*overrides: str) -> PlanJob:
-        given = [f"prompts={tmp_path}/encoded", "train.global_batch=8", *overrides]
+        given = [f"prompts={tmp_path}/encoded", "train.global_batch=8", "video.frames=33"]
+        given += overrides
         job = read_job([CONFIGS / "stage3_1gpu.yaml"], given, None, 8)
         teacher = job.teacher if f"teacher={SMALL_TEACHER}" in overrides else large
         return dataclasses.replace(job, model=model, teacher=teacher, critic=wan)
