@@ -26,7 +26,7 @@ from scd_sf.data.latents import LatentClips
 from scd_sf.evaluation.judges import Judges, adherence, load_judges
 from scd_sf.files import write_json
 from scd_sf.generation.generate import clips_of, generate_latents
-from scd_sf.generation.rollout import HISTORIES, PromptChange
+from scd_sf.generation.prompt_change import HISTORIES, PromptChange
 from scd_sf.models.build import describe_checkpoint, load_student
 from scd_sf.types import Conditioning, exit_on_user_error
 

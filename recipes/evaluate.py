@@ -51,9 +51,9 @@ from scd_sf.files import (
     sha256_folder,
     write_tensors,
 )
+from scd_sf.generation.bidirectional import sample_bidirectional
 from scd_sf.generation.generate import as_uint8, clips_of, decode, generate_latents
 from scd_sf.generation.request import choose_sampler
-from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.generation.sampling import FPS
 from scd_sf.models.blocks import BlocksConfig, set_blocks
 from scd_sf.models.build import SamplerConfig, Scd, Student, describe_checkpoint, load_student

@@ -23,7 +23,8 @@ from scd_sf.diffusion.noise import Noise, generator
 from scd_sf.diffusion.samplers import OnStep, Sampler
 from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.inputs import ChunkInput, FromInputs, InputsEnd
-from scd_sf.generation.rollout import PromptChange, stream_rollout
+from scd_sf.generation.prompt_change import PromptChange
+from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.interface import FrameStreamer, check_chunks
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae

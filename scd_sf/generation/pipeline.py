@@ -33,6 +33,7 @@ from scd_sf.files import new_folder, write_json
 from scd_sf.generation.generate import clip_latents, clips_of, decoded
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.inputs import chunk_inputs
+from scd_sf.generation.prompt_change import PromptChange, check_history
 from scd_sf.generation.request import (
     STRENGTH,
     check_later,
@@ -46,7 +47,6 @@ from scd_sf.generation.request import (
     unusual,
     video_pixels,
 )
-from scd_sf.generation.rollout import PromptChange, check_history
 from scd_sf.models.build import (
     CheckpointConfig,
     SamplerConfig,
@@ -442,7 +442,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         0.8 by default; the sampler's first time at or below is taken (diffusers' is a share of the
         steps). No student is trained for it.
         ``then``: other prompts from pixel frames on, {41: "it rains"}; ``history``: what becomes of
-        the past there (:class:`~scd_sf.generation.rollout.PromptChange`). ``window``: the last latent
+        the past there (:class:`~scd_sf.generation.prompt_change.PromptChange`). ``window``: the last latent
         frames of history, which are kept, 0 all; ``sink``: its first, which stay too.
 
         ``negative_prompt`` ("wan": Wan 2.1's own) needs ``guidance_scale`` above 1, or ``guidance``,

@@ -3,75 +3,18 @@ made, the same for every family of students."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.noise import Noise, row_noise
+from scd_sf.diffusion.noise import Noise
 from scd_sf.diffusion.samplers import OnStep, Sampler
+from scd_sf.generation.prompt_change import KeptChunks, PromptChange
 from scd_sf.models.interface import FrameStreamer, Stream, check_chunks
 from scd_sf.nn.kv_cache import CacheConfig
-from scd_sf.types import Conditioning, Denoiser, UserError
-
-HISTORIES = ("keep", "recache", "flush")
-
-
-@dataclass(frozen=True)
-class PromptChange:
-    """Another prompt for the chunks to come. ``history``, what becomes of the past, whose keys and
-    values were computed under the prompts before:
-
-    - ``keep``: it stays as it is;
-    - ``recache``: the frames that the cache holds are encoded again under the new prompt (the KV
-      recache of LongLive, arXiv 2509.22622);
-    - ``flush``: all but the last chunk is forgotten, and that one encoded again.
-
-    UserError: no such history, or one that is encoded again under actions, which count frames.
-    """
-
-    cond: Conditioning
-    history: str = "keep"
-
-    def __post_init__(self) -> None:
-        check_history(self.history)
-        if self.history != "keep" and self.cond.actions_BF is not None:
-            raise UserError(f"history '{self.history}' is for prompts, not for actions; use keep")
-
-
-def check_history(history: str) -> None:
-    """UserError unless it is one of :data:`HISTORIES`."""
-    if history not in HISTORIES:
-        raise UserError(f"history is '{history}'; use {', '.join(HISTORIES)}")
-
-
-class _Kept:
-    """The finished chunks, as the cache keeps them: those of the sink and of the window."""
-
-    def __init__(self, cache: CacheConfig | None, chunk: int) -> None:
-        window = None if cache is None else cache.window
-        self._num_sink = 0 if window is None or cache is None else -(-cache.sink // chunk)
-        self._sink: list[Tensor] = []
-        self._recent = deque[Tensor](maxlen=None if window is None else -(-window // chunk))
-
-    def add(self, chunk: Tensor) -> None:
-        if len(self._sink) < self._num_sink:
-            self._sink.append(chunk)
-        else:
-            self._recent.append(chunk)
-
-    def after(self, history: str) -> list[Tensor]:
-        """What is left of them where the prompt changes; the others are forgotten."""
-        chunks = [*self._sink, *self._recent]
-        left = chunks if history == "recache" else chunks[-1:]
-        self._sink = []
-        self._recent.clear()
-        for chunk in left:
-            self.add(chunk)
-        return left
+from scd_sf.types import Conditioning
 
 
 def stream_rollout(
@@ -106,32 +49,29 @@ def stream_rollout(
     x_T = next(chunks, None)
     if x_T is None:
         return
-    latent = (x_T.shape[-2], x_T.shape[-1])
-    stream = generator.start(cond, latent, cache)
-    kept = None if prompts is None else _Kept(cache, generator.chunk)
-    previous: Tensor | None = None
-    for known_chunk in () if history is None else _chunks(history, generator.chunk):
-        stream = generator.advance(stream, previous, x_T)
-        previous = known_chunk
-        if kept is not None:
-            kept.add(known_chunk)
-    number = 0
+    placeholder, latent = x_T, (x_T.shape[-2], x_T.shape[-1])
+
+    def begin(cond: Conditioning, known: Iterable[Tensor]) -> tuple[Stream, Tensor | None]:
+        """A stream that has read all but the last of these chunks, and the last one."""
+        stream, last = generator.start(cond, latent, cache), None
+        for known_chunk in known:
+            stream, last = generator.advance(stream, last, placeholder), known_chunk
+        return stream, last
+
+    known = [] if history is None else list(_chunks(history, generator.chunk))
+    kept, number = KeptChunks(cache, generator.chunk, known), 0
+    stream, previous = begin(cond, known)
     while x_T is not None:
         if prompts is not None and (new := prompts(number)) is not None:
             if new.history == "keep":
                 stream = generator.switch(stream, new.cond)
             else:
-                assert kept is not None
                 stream = None  # the next one may have its buffers
-                stream, previous = generator.start(new.cond, latent, cache), None
-                for finished_chunk in kept.after(new.history):
-                    stream = generator.advance(stream, previous, x_T)
-                    previous = finished_chunk
+                stream, previous = begin(new.cond, kept.after(new.history))
         stream = generator.advance(stream, previous, draw_query(x_T))
         x_0 = sampler(partial(_velocity, generator, stream), x_T, noise_like, exit_step, on_step)
         previous = x_0.detach()
-        if kept is not None:
-            kept.add(previous)
+        kept.add(previous)
         yield x_0
         x_T, number = next(chunks, None), number + 1
 
@@ -163,24 +103,3 @@ def rollout(
         generator, noise, cond, sampler, noise_like, exit_step=exit_step, cache=cache
     )
     return torch.cat(list(chunks), dim=1)
-
-
-@torch.no_grad()
-def sample_bidirectional(
-    denoiser: Denoiser,
-    cond: Conditioning,
-    shape: tuple[int, int, int, int],
-    sampler: Sampler,
-    seeds: Sequence[int],
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Latents (B, F, C, H, W) of a bidirectional model, one clip per prompt and seed: all frames
-    denoised together.
-
-    ``shape`` is (F, C, H, W). Students are sampled by generation/generate.py."""
-    noise_like = row_noise(seeds)
-
-    def velocity(x_t: Tensor, t: float) -> Tensor:
-        return denoiser(x_t, torch.full(x_t.shape[:1], t, device=x_t.device), cond)
-
-    return sampler(velocity, noise_like(torch.empty(len(seeds), *shape, device=device)), noise_like)

@@ -23,6 +23,7 @@ from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.inputs import ChunkInput, chunk_inputs
+from scd_sf.generation.prompt_change import PromptChange, check_history
 from scd_sf.generation.request import (
     SIZES_ASKED,
     STRENGTH,
@@ -31,7 +32,6 @@ from scd_sf.generation.request import (
     input_frames,
     unusual,
 )
-from scd_sf.generation.rollout import PromptChange, check_history
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import (
     CheckpointConfig,

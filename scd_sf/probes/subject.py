@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.samplers import Sampler
+from scd_sf.generation.bidirectional import sample_bidirectional
 from scd_sf.generation.generate import clips_of, generate_latents
-from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.models.blocks import blocks_of
 from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal

@@ -26,7 +26,8 @@ from scd_sf.generation.generate import (
 )
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.inputs import ChunkInput, chunk_inputs
-from scd_sf.generation.rollout import PromptChange, stream_rollout
+from scd_sf.generation.prompt_change import PromptChange
+from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError

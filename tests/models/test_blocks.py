@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.samplers import build_sampler, many_step_times
 from scd_sf.evaluation.table import BlockPassCounter
+from scd_sf.generation.bidirectional import sample_bidirectional
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
-from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.models.blocks import BlocksConfig, SkipConfig, blocks_of, set_blocks
 from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model
 from scd_sf.models.causal import Causal

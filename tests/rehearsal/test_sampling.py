@@ -17,9 +17,10 @@ from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.samplers import Euler, FewStepSampler, Sampler, UniPC
+from scd_sf.generation.bidirectional import sample_bidirectional
 from scd_sf.generation.generate import clips_of, decode, generate, generate_latents
 from scd_sf.generation.guided import SampleGuidance
-from scd_sf.generation.rollout import PromptChange, sample_bidirectional
+from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.blocks import BlocksConfig, SkipConfig, running_as
 from scd_sf.models.wan.vae import Vae
 from scd_sf.nn.layers import channels_last

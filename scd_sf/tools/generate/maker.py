@@ -26,8 +26,8 @@ from scd_sf.diffusion.guidance import guided
 from scd_sf.diffusion.samplers import build_sampler
 from scd_sf.distributed import Ranks
 from scd_sf.files import hash_json, locked, require_own_folder, sha256_file, write_json, write_jsonl
+from scd_sf.generation.bidirectional import sample_bidirectional
 from scd_sf.generation.generate import as_uint8
-from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.models.wan.text import pad_states
 from scd_sf.models.wan.text_cache import CachedTextEncoder
 from scd_sf.models.wan.transformer import Wan

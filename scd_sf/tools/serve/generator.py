@@ -22,7 +22,7 @@ from torch import Tensor
 from scd_sf.data.start import check_start
 from scd_sf.diffusion.samplers import Sampler
 from scd_sf.generation.generate import as_uint8, clip_latents, pixels_of
-from scd_sf.generation.rollout import PromptChange
+from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.build import Student
 from scd_sf.models.wan.text import TextEncoder
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae

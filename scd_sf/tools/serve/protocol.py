@@ -54,7 +54,7 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"
 
 class ChangePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="prompt"):
     """Another prompt from the next chunk on. ``history``: what becomes of the past
-    (:class:`~scd_sf.generation.rollout.PromptChange`)."""
+    (:class:`~scd_sf.generation.prompt_change.PromptChange`)."""
 
     prompt: Prompt
     history: Literal["keep", "recache", "flush"] = "keep"

@@ -30,7 +30,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from scd_sf.cli import serve
 from scd_sf.data.clips import read_video
 from scd_sf.generation.generate import as_uint8, generate
-from scd_sf.generation.rollout import PromptChange
+from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
 from scd_sf.tools.serve.audience import BEHIND
 from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
@@ -352,7 +352,7 @@ def test_watching_along(live: Live) -> None:
             assert watcher.expect("missed")["chunks"] == 2
             assert watcher.chunk() == (head, frames)
             jpegs += [data for _, data in frames]
-            assert jpegs == made(live, head["chunk"], MEADOW, 9, changes={switch: HALL})
+            assert jpegs == made(live, head["chunk"], MEADOW, 9, changes={switch: (HALL, "keep")})
             with Talk(live.port, watch=True) as late:
                 messages = [late.hear() for _ in range(4)]
                 kinds = [message["type"] for message in messages if isinstance(message, dict)]
