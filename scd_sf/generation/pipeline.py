@@ -487,6 +487,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             made = input_frames(count, num_frames or frames or 0, shape, chunk, "video")
             shape = replace(shape, frames=1 + (made - 1) // shape.temporal)
             inputs = chunk_inputs(self._vae, pixels, chunk, steps.times[begin])
+            log.warning("no student is trained to make videos anew (video=)")
         elif strength is not None:
             raise UserError(f"strength is {strength}, but there is no video; give video too")
         whole = (len(seeds), shape.channels, shape.frames, shape.height, shape.width)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.start import check_start
-from scd_sf.diffusion.samplers import Sampler
+from scd_sf.diffusion.samplers import Sampler, first_step
 from scd_sf.generation.generate import as_uint8, clip_latents, pixels_of
+from scd_sf.generation.inputs import ChunkInput
 from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.build import Student
 from scd_sf.models.wan.text import TextEncoder
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream, Vae
 from scd_sf.tools.serve.audience import Audience
+from scd_sf.tools.serve.camera import Camera
 from scd_sf.tools.serve.pictures import H264, Codec, EncodedPicture, jpeg
 from scd_sf.tools.serve.protocol import (
     ChangePrompt,
@@ -72,6 +74,16 @@ class ClipMaker:
     quality: int
     overlap: bool = False
 
+    @property
+    def camera_frames(self) -> tuple[int, int]:
+        """Frames of a camera that the first chunk of a clip takes, and each later one."""
+        temporal, chunk = self.shape.temporal, self.student.chunk
+        return 1 + (chunk - 1) * temporal, chunk * temporal
+
+    def camera(self) -> Camera:
+        temporal = self.shape.temporal
+        return Camera(temporal, self.camera_frames[1] + temporal)
+
     def encode(self, prompt: str) -> Conditioning:
         return self.text.encode([prompt]).to(self.device)
 
@@ -79,19 +91,21 @@ class ClipMaker:
 @dataclass(frozen=True)
 class ClipRequest:
     """A clip that is wanted. ``picture`` (3, H, W) in [0, 1] of the maker's size, or None; ``since``
-    by the monotonic clock."""
+    by the monotonic clock; ``camera``: what it is made from, or None."""
 
     start: Start
     picture: Tensor | None
     picture_sha256: str
     since: float
+    camera: Camera | None = None
 
 
 @dataclass
 class Seat:
     """The viewer's connection as the thread sees it: what was said to it, and what it wants. Chunks
     count from 1 over all clips of the seat: those ``begun``, of which so many were ``made`` and
-    sent, and ``shown``. ``h264``: the stream that its pictures are in; None: they are JPEGs."""
+    sent, and ``shown``. ``strength``: of a camera's frames. ``h264``: the stream that its pictures
+    are in; None: they are JPEGs."""
 
     say: Say
     begun: int = 0
@@ -101,6 +115,7 @@ class Seat:
     h264: H264 | None = None
     wanted: ClipRequest | None = None
     change: ChangePrompt | None = None
+    strength: float = 1.0
     clip: ClipRequest | None = None
     recording: Recording = field(default_factory=lambda: Recording(1))
 
@@ -108,7 +123,8 @@ class Seat:
 @dataclass
 class LiveClip:
     """A clip that is made. ``num_frames``: sent so far; ``first_seconds``: from the request to the
-    first of them; ``is_broken``: its pixels could not be made."""
+    first of them; ``camera``: number and strength of the camera's newest frame in the chunk that is
+    made, if one is in it, and how long it was waited for; ``is_broken``: its pixels could not be made."""
 
     seat: Seat
     request: ClipRequest
@@ -116,18 +132,22 @@ class LiveClip:
     speeds: Speeds
     num_frames: int = 0
     first_seconds: float = 0.0
+    camera: tuple[int, float] | None = None
+    waited_seconds: float = 0.0
     is_broken: bool = False
 
 
 @dataclass(frozen=True)
 class ChunkLatents:
     """Latents (1, n, C, H, W) on their way to the second stage: when they are ``ready``, another
-    prompt that holds from them on, if there is one, and the seconds that they took."""
+    prompt that holds from them on, if there is one, the seconds that they took, and the camera's
+    newest frame in them, as in :class:`LiveClip`."""
 
     latents: Tensor
     ready: torch.cuda.Event | None
     change: ChangePrompt | None
     seconds: float
+    camera: tuple[int, float] | None
 
 
 class Generator:
@@ -198,9 +218,12 @@ class Generator:
                 self._seat.say(Watchers(len(self.audience)), ())
 
     def play(self, seat: Seat, request: ClipRequest) -> None:
-        """Another clip instead of the one that is made."""
+        """Another clip instead of the one that is made. UserError: a camera's frames with less
+        noise than the sampler can begin with."""
+        first_step(self.maker.sampler, request.start.strength)
         with self._changed:
             seat.wanted, seat.change, seat.is_paused = request, None, False
+            seat.strength = request.start.strength
             self._changed.notify_all()
 
     def change_prompt(self, seat: Seat, change: ChangePrompt) -> None:
@@ -210,9 +233,38 @@ class Generator:
                 raise UserError("nothing is playing; press start first")
             seat.change = change
 
+    def change_strength(self, seat: Seat, strength: float) -> None:
+        """Of the camera's frames, from the next chunk on. UserError as :meth:`play`."""
+        first_step(self.maker.sampler, strength)
+        with self._changed:
+            seat.strength = strength
+
+    def has_camera(self, seat: Seat) -> bool:
+        """Whether the clip that plays, or that is wanted, is made from a camera that is on."""
+        with self._changed:
+            camera = _camera_of(seat)
+            return camera is not None and camera.is_on
+
+    def camera_frame(self, seat: Seat, number: int, pixels_3HW: Tensor) -> None:
+        """A frame in [0, 1] of the maker's size; without a camera's clip it is passed over.
+        UserError: a number that does not rise."""
+        with self._changed:
+            if (camera := _camera_of(seat)) is not None:
+                camera.put(number, pixels_3HW)
+                self._changed.notify_all()
+
+    def camera_off(self, seat: Seat) -> None:
+        """What there is of whole chunks is still used, then the clip goes on from noise."""
+        with self._changed:
+            if (camera := _camera_of(seat)) is not None:
+                camera.is_on = False
+                self._changed.notify_all()
+
     def pause(self, seat: Seat, on: bool) -> None:
         with self._changed:
             seat.is_paused = on
+            if (camera := _camera_of(seat)) is not None:
+                camera.clear()  # what comes later does not follow on it
             self._changed.notify_all()
 
     def use_codec(self, seat: Seat, codec: Codec) -> None:
@@ -326,6 +378,7 @@ class Generator:
             sink=maker.sink,
             start=start,
             next_prompt=next_prompt,
+            inputs=None if request.camera is None else self._camera_inputs(clip, request.camera),
         )
         while self._may_begin(clip):
             began = time.monotonic()
@@ -334,8 +387,33 @@ class Generator:
                 self._stage.put(lambda: self._tell(clip, Ended(clip.num_frames)))
                 return
             seconds = time.monotonic() - began
-            chunk = ChunkLatents(latents, ready(latents), change, seconds)
+            seconds -= clip.waited_seconds
+            chunk = ChunkLatents(latents, ready(latents), change, seconds, clip.camera)
             self._stage.put(partial(self._show, clip, chunk))
+
+    def _camera_inputs(self, clip: LiveClip, camera: Camera) -> Iterator[ChunkInput]:
+        """A camera's frames, chunk by chunk as they come; pure noise when it is off. Ends where the
+        clip is over."""
+        (count, later), vae = self.maker.camera_frames, self.maker.vae
+        stream = vae.encoder_stream()
+        while self._await_frames(clip, camera, count):
+            with self._changed:
+                (number, pixels), strength = camera.take(count), clip.seat.strength
+            clip.camera, count = (number, strength), later
+            yield ChunkInput(stream.push(pixels * 2 - 1), strength)
+        clip.camera, clip.waited_seconds = None, 0.0
+        while not self._is_over(clip):
+            yield ChunkInput(torch.zeros(1, 1, 1, 1, 1), 1.0)
+
+    def _await_frames(self, clip: LiveClip, camera: Camera, count: int) -> bool:
+        """Waits for ``count`` frames; False where the clip is over or there will not be so many."""
+        began = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_over(clip) or not camera.is_on or camera.has(count)
+            )
+            clip.waited_seconds = time.monotonic() - began
+            return camera.has(count) and not self._is_over(clip)
 
     # -------------------------------------------------------------------------- the second stage
 
@@ -380,7 +458,11 @@ class Generator:
             seat.made += 1
             seat.recording.add(pictures)
             speeds = clip.speeds.frames_per_second()
-            head = Chunk(seat.made, first, len(pictures), *speeds, clip.first_seconds)
+            number = -1
+            if chunk.camera is not None:
+                number, strength = chunk.camera
+                seat.recording.with_strength(first, strength)
+            head = Chunk(seat.made, first, len(pictures), *speeds, clip.first_seconds, number)
             seat.say(head, self._frames(first, seat.made, sent))
             self.audience.tell(head, self._frames(first, seat.made, jpegs))
             clip.num_frames += len(pictures)
@@ -393,6 +475,12 @@ class Generator:
         return [
             frame_of(first + place, chunk, fps, picture) for place, picture in enumerate(pictures)
         ]
+
+
+def _camera_of(seat: Seat) -> Camera | None:
+    """The camera of the clip that is wanted, or else of the one that plays."""
+    request = seat.wanted or seat.clip
+    return None if request is None else request.camera
 
 
 class Speeds:

@@ -1,8 +1,9 @@
 """What page and server say to each other over one WebSocket.
 
 Both send JSON objects with a ``type``; the page's are read strictly (unknown types and fields are
-refused). A binary message of the page is a start picture. A binary message of the server is a
-frame, 16 bytes (:data:`HEADER`) and its picture; or, right after the JSON message ``file``, a file.
+refused). A binary message of the page is a start picture, or a camera's frame (camera.py). A binary
+message of the server is a frame, 16 bytes (:data:`HEADER`) and its picture; or, right after the JSON
+message ``file``, a file.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ PICTURE_PIXELS = 2**24
 Prompt = Annotated[str, Meta(max_length=MOST_PROMPT)]
 Seed = Annotated[int, Meta(ge=0, lt=2**53)]  # whole numbers that JavaScript has
 Count = Annotated[int, Meta(ge=0, lt=2**32)]
+Strength = Annotated[float, Meta(gt=0, le=1)]
 
 
 # ------------------------------------------------------------------------------- from the page
@@ -45,11 +47,14 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"
 
 
 class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"):
-    """A new clip, instead of the one that plays. ``picture``: begin with the last start picture."""
+    """A new clip, instead of the one that plays. ``picture``: begin with the last start picture.
+    ``camera``: made from the camera's frames, which follow, with this share of noise at first."""
 
     prompt: Prompt
     seed: Seed
     picture: bool = False
+    camera: bool = False
+    strength: Strength = 1.0
 
 
 class ChangePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="prompt"):
@@ -58,6 +63,16 @@ class ChangePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
 
     prompt: Prompt
     history: Literal["keep", "recache", "flush"] = "keep"
+
+
+class ChangeStrength(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="strength"):
+    """Another share of noise in the camera's frames, from the next chunk on."""
+
+    strength: Strength
+
+
+class CameraOff(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="camera_off"):
+    """No further frames of the camera: the clip goes on from noise."""
 
 
 class Pause(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pause"):
@@ -83,7 +98,9 @@ class UseCodec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cod
     codec: Codec
 
 
-Request = Hello | Start | ChangePrompt | Pause | Shown | Download | UseCodec
+Request = (
+    Hello | Start | ChangePrompt | ChangeStrength | CameraOff | Pause | Shown | Download | UseCodec
+)
 _reader = msgspec.json.Decoder(Request)
 
 
@@ -107,7 +124,8 @@ def read_request(text: str) -> Request:
 
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
     """The seat is the page's. ``seconds``: of the last frames that can be downloaded. ``h264``: what
-    WebCodecs calls the H.264 that the page may ask for; empty: none, for the reason ``no_h264``."""
+    WebCodecs calls the H.264 that the page may ask for; empty: none, for the reason ``no_h264``.
+    ``levels``: the shares of noise that a camera's frames may begin with, falling from 1."""
 
     fps: int
     width: int
@@ -116,6 +134,7 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"
     ahead: int
     h264: str
     no_h264: str
+    levels: tuple[float, ...]
     most_prompt: int = MOST_PROMPT
     most_picture: int = MOST_PICTURE
 
@@ -164,7 +183,8 @@ class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="star
 class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk"):
     """Comes before the ``frames`` frames of a chunk, of which ``first`` is the first. Figures: pixel
     frames per second of the DiT and of the VAE with the pictures, each while it works, over the last
-    chunks; seconds from the request to the clip's first chunk."""
+    chunks; seconds from the request to the clip's first chunk. ``camera``: the number of the newest
+    camera frame that the chunk is made from; -1: none."""
 
     chunk: int
     first: int
@@ -172,6 +192,7 @@ class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk"
     dit_fps: float
     vae_fps: float
     first_seconds: float
+    camera: int = -1
 
 
 class Switched(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="switched"):

@@ -24,12 +24,14 @@ MOST_CHANGES = 1000  # changes of the prompt that are remembered
 @dataclass(frozen=True)
 class KeptClip:
     """A moment of a :class:`Recording`, which goes on: chunks (F, 3, H, W) uint8 whose first frame
-    is ``first``, and changes of the prompt as (frame, prompt, history)."""
+    is ``first``, and changes of the prompt as (frame, prompt, history); ``strengths`` of a camera's
+    frames as (frame, strength), each of which holds until the next, the last ones of them."""
 
     chunks: tuple[Tensor, ...]
     first: int
     changes: tuple[tuple[int, str, str], ...]
     lost_changes: int
+    strengths: tuple[tuple[int, float], ...] = ()
 
 
 class Recording:
@@ -42,6 +44,7 @@ class Recording:
         self._bytes = self._held = self._first = 0
         self._changes: deque[tuple[int, str, str]] = deque(maxlen=MOST_CHANGES)
         self._num_changes = 0
+        self._strengths: deque[tuple[int, float]] = deque(maxlen=MOST_CHANGES)
 
     def add(self, frames_F3HW: Tensor) -> None:
         """The next chunk. Old ones go; the last one always stays."""
@@ -61,10 +64,16 @@ class Recording:
         self._changes.append((frame, prompt, history))
         self._num_changes += 1
 
+    def with_strength(self, frame: int, strength: float) -> None:
+        """The strength from ``frame`` on, if it is another one."""
+        if not self._strengths or self._strengths[-1][1] != strength:
+            self._strengths.append((frame, strength))
+
     def kept(self) -> KeptClip:
         """What there is now."""
         lost = self._num_changes - len(self._changes)
-        return KeptClip(tuple(self._chunks), self._first, tuple(self._changes), lost)
+        changes, strengths = tuple(self._changes), tuple(self._strengths)
+        return KeptClip(tuple(self._chunks), self._first, changes, lost, strengths)
 
 
 def as_zip(kept: KeptClip, fps: int, crf: int, record: Mapping[str, object]) -> bytes:
@@ -82,6 +91,7 @@ def as_zip(kept: KeptClip, fps: int, crf: int, record: Mapping[str, object]) -> 
         **record,
         "then": [list(change) for change in kept.changes],
         "then_forgotten": kept.lost_changes,
+        "camera_strengths": [list(change) for change in kept.strengths],
         "first_frame": kept.first,
         "frames": sum(len(chunk) for chunk in kept.chunks),
         "sha256": hashlib.sha256(video).hexdigest(),

@@ -27,13 +27,16 @@ from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.data.start import picture_of, picture_pixels
 from scd_sf.files import Json, foreign
 from scd_sf.generation.sampling import SampleConfig, open_generator
+from scd_sf.tools.serve import camera
 from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
 from scd_sf.tools.serve.protocol import (
     MOST_PICTURE,
     PICTURE_FORMATS,
     PICTURE_PIXELS,
     Busy,
+    CameraOff,
     ChangePrompt,
+    ChangeStrength,
     Chunk,
     Download,
     Error,
@@ -60,7 +63,8 @@ PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
 PAGE |= {"/page.js": ("page.js", "text/javascript")}
 OVERLAPS = ("auto", "on", "off")
 HELLO_SECONDS = 10.0  # in which a connection has to say hello
-PER_SECOND, BURST = 40.0, 80.0  # messages of a page
+PER_SECOND, BURST = 40.0, 80.0  # messages of a page, but for frames of a camera
+FRAMES_PER_SECOND, FRAMES_BURST = 150.0, 600.0  # of a camera; a slow network lets many come at once
 MOST_WAITING = 64  # things that wait to be sent; a page that takes none of them is cut off
 MOST_CONNECTIONS = 64
 BUSY, REFUSED = 1013, 1008  # WebSocket close codes: try again later; policy
@@ -243,15 +247,16 @@ class Connection:
 
     async def _listen(self) -> None:
         """Until the page says too much at a time. WebSocketDisconnect: it is gone."""
-        rate = Rate(PER_SECOND, BURST)
+        rate, frame_rate = Rate(PER_SECOND, BURST), Rate(FRAMES_PER_SECOND, FRAMES_BURST)
         while True:
             message = await self._page.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", 1006))
-            if not rate.allows():
+            data = message.get("bytes")
+            is_camera = data is not None and camera.is_frame(data)
+            if not (frame_rate if is_camera else rate).allows():
                 return
             try:
-                data = message.get("bytes")
                 await self._take(message["text"] if data is None else data)
             except UserError as error:
                 self._outbox.put(Error(str(error)))
@@ -264,6 +269,7 @@ class Viewer:
         self._service, self._seat, self._outbox = service, seat, outbox
         self._picture: Tensor | None = None
         self._picture_sha256 = ""
+        self._frame_rate = Rate(2.0 * service.generator.maker.fps, service.generator.maker.fps)
         self._download: asyncio.Task[None] | None = None
 
     def close(self) -> None:
@@ -276,10 +282,22 @@ class Viewer:
 
     async def take(self, message: str | bytes) -> None:
         """UserError: it is refused."""
-        if isinstance(message, bytes):
-            await self._take_picture(message)
-        else:
+        if isinstance(message, str):
             self._obey(read_request(message))
+        elif camera.is_frame(message):
+            await self._take_frame(message)
+        else:
+            await self._take_picture(message)
+
+    async def _take_frame(self, data: bytes) -> None:
+        """A camera's frame. More than twice the model's rate are passed over, and so are those that
+        no clip is made from. UserError: none that can be read."""
+        generator, seat = self._service.generator, self._seat
+        if not generator.has_camera(seat) or not self._frame_rate.allows():
+            return
+        shape = generator.maker.shape
+        size = (shape.pixel_height, shape.pixel_width)
+        generator.camera_frame(seat, *await asyncio.to_thread(camera.read_frame, data, size))
 
     async def _take_picture(self, data: bytes) -> None:
         """The picture that the next clips may begin with. UserError: none that can be read."""
@@ -292,17 +310,30 @@ class Viewer:
         self._picture_sha256 = hashlib.sha256(data).hexdigest()
         self._say(PictureRead(size[1], size[0]))
 
+    def _start(self, request: Start) -> None:
+        generator, source = self._service.generator, None
+        if request.picture and self._picture is None:
+            raise UserError("there is no start picture; choose one, or start without")
+        if request.picture and request.camera:
+            raise UserError("a camera's clip has no start picture; choose one of them")
+        if request.camera:
+            source = generator.maker.camera()
+        picture = self._picture if request.picture else None
+        sha256 = self._picture_sha256 if request.picture else ""
+        clip = ClipRequest(request, picture, sha256, time.monotonic(), source)
+        generator.play(self._seat, clip)
+
     def _obey(self, request: Request) -> None:
         generator, seat = self._service.generator, self._seat
         match request:
             case Start():
-                if request.picture and self._picture is None:
-                    raise UserError("there is no start picture; choose one, or start without")
-                picture = self._picture if request.picture else None
-                sha256 = self._picture_sha256 if request.picture else ""
-                generator.play(seat, ClipRequest(request, picture, sha256, time.monotonic()))
+                self._start(request)
             case ChangePrompt():
                 generator.change_prompt(seat, request)
+            case ChangeStrength():
+                generator.change_strength(seat, request.strength)
+            case CameraOff():
+                generator.camera_off(seat)
             case Pause():
                 generator.pause(seat, request.on)
             case UseCodec():
@@ -310,11 +341,14 @@ class Viewer:
             case Shown():
                 generator.shown(seat, request.chunk)
             case Download():
-                if self._download is not None and not self._download.done():
-                    raise UserError("a download is being made; wait for it")
-                self._download = asyncio.create_task(self._make_download())
+                self._begin_download()
             case Hello():
                 raise UserError("hello was said already")
+
+    def _begin_download(self) -> None:
+        if self._download is not None and not self._download.done():
+            raise UserError("a download is being made; wait for it")
+        self._download = asyncio.create_task(self._make_download())
 
     async def _make_download(self) -> None:
         try:
@@ -323,6 +357,7 @@ class Viewer:
                 "prompt": clip.start.prompt,
                 "seed": clip.start.seed,
                 "picture_sha256": clip.picture_sha256,
+                "camera": clip.camera is not None,
                 "settings": self._service.record,
             }
             fps, crf = self._service.generator.maker.fps, self._service.crf
@@ -385,7 +420,8 @@ class Service:
         shape, seconds = maker.shape, maker.kept_frames / maker.fps
         size = (shape.pixel_width, shape.pixel_height)
         codecs = (self.generator.h264, self.generator.no_h264)
-        outbox.put(Ready(maker.fps, *size, seconds, self.generator.ahead, *codecs))
+        levels = tuple(round(t, 4) for t in maker.sampler.times)
+        outbox.put(Ready(maker.fps, *size, seconds, self.generator.ahead, *codecs, levels))
         if len(self.generator.audience):
             self.generator.count_watchers()
         viewer = Viewer(self, seat, outbox)

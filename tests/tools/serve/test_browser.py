@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,16 @@ WATCH = """
 """
 
 
+NOT_SECURE = "Object.defineProperty(window, 'isSecureContext', { value: false });"
+
+
+def until(is_true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with serve_world.live(tmp_path_factory.mktemp("live")) as running:
@@ -65,7 +75,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def browser() -> Iterator[Browser]:
     program = chromium(os.environ.get("CHROMIUM"), os.environ.get("PATH"))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, headless=True, args=QUIET)
+        fake = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = playwright.chromium.launch(
+            executable_path=program, headless=True, args=[*QUIET, *fake]
+        )
         yield browser
         browser.close()
 
@@ -145,6 +158,59 @@ def test_the_page_plays_what_is_made(live: Live, browser: Browser, tmp_path: Pat
     own = (url, url.replace("http", "ws"), "blob:", "data:")
     assert visit.complaints == [] and [u for u in visit.requests if not u.startswith(own)] == []
     visit.context.close()
+
+
+def test_a_camera(live: Live, browser: Browser) -> None:
+    """The browser's own fake camera: its frames become chunks, strength and prompt change on the way,
+    and without it the clip goes on."""
+    visit = Visit(browser, f"http://127.0.0.1:{live.port}/")
+    visit.until("document.body.dataset.ready === 'true'", 30)
+    page, text = visit.page, "document.getElementById('{}').textContent"
+    assert visit.ask("document.getElementById('view').hidden")
+    page.locator("#camera").click()
+    visit.until(f"{SAID}.startsWith('The next clip is made from the camera')")
+    assert "No student is trained for this" in visit.ask(SAID)
+    assert visit.ask("document.getElementById('view').videoWidth") > 0
+    assert visit.ask(text.format("level")) == "0.8333"
+    page.locator("#prompt").fill("left in meadow")
+    page.locator("#start").click()
+    visit.until(f"{FRAME} >= 12")
+    visit.until(f"{text.format('lag')}.endsWith(' ms')")
+    seat = live.generator._seat
+    assert seat is not None and seat.clip is not None and seat.strength == 0.8333
+    source = seat.clip.camera
+    assert source is not None and source.is_on
+    page.locator("#strength").press("ArrowRight")
+    visit.until(f"{text.format('level')} === '1'")
+    until(lambda: seat.strength == 1)
+    page.locator("#prompt").fill("right in hall")
+    page.keyboard.press("Enter")
+    visit.until(f"{SAID}.startsWith('from frame ')")
+    page.locator("#pause").click()
+    page.wait_for_timeout(300)
+    sent = visit.ask("captured")
+    page.wait_for_timeout(300)
+    assert sent > 12 and visit.ask("captured") == sent, "none is sent while it is paused"
+    page.locator("#pause").click()
+    shown = visit.ask(FRAME)
+    visit.until(f"{FRAME} >= {shown + 8}")
+    page.locator("#camera").click()
+    until(lambda: not source.is_on)
+    shown = visit.ask(FRAME)
+    visit.until(f"{FRAME} >= {shown + 12}")
+    assert visit.ask("document.getElementById('view').srcObject") is None
+    page.locator("#start").click()
+    until(lambda: seat.clip is not None and seat.clip.camera is None)
+    visit.until(f"{SAID} === 'seed 0: right in hall'")
+    frames = visit.ask("window.frames_shown")
+    assert frames[:13] == list(range(13))
+    assert visit.complaints == []
+    visit.context.close()
+    plain = Visit(browser, f"http://127.0.0.1:{live.port}/", script=NOT_SECURE)
+    plain.until("document.body.dataset.ready === 'true'", 30)
+    plain.page.locator("#camera").click()
+    plain.until(f"{SAID}.startsWith('Browsers give cameras to secure pages alone')")
+    plain.context.close()
 
 
 def test_busy_a_cut_and_a_phone(live: Live, browser: Browser) -> None:

@@ -30,9 +30,11 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from scd_sf.cli import serve
 from scd_sf.data.clips import read_video
 from scd_sf.generation.generate import as_uint8, generate
+from scd_sf.generation.inputs import ChunkInput, chunk_inputs
 from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
 from scd_sf.tools.serve.audience import BEHIND
+from scd_sf.tools.serve.camera import HEAD, MARK, MOST_BYTES, Camera, is_frame, read_frame
 from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
 from scd_sf.tools.serve.pictures import KEY_SECONDS, jpeg, nal_units
 from scd_sf.tools.serve.protocol import (
@@ -219,6 +221,216 @@ def test_the_download(live: Live, tmp_path: Path) -> None:
     assert float((video - pictures.flip(0)).abs().mean()) > 0  # not a comparison of constants
 
 
+STRENGTH = 0.8333  # the second of the tiny student's two levels
+
+
+def camera_jpeg(number: int) -> bytes:
+    """A picture of the model's size, another one for each number."""
+    rng = np.random.default_rng(number)
+    pixels = rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG" if number % 2 else "WEBP")
+    return file.getvalue()
+
+
+def film(page: Talk, numbers: range) -> None:
+    for number in numbers:
+        page.socket.send(HEAD.pack(MARK, number) + camera_jpeg(number))
+
+
+def camera_clip(live: Live, numbers: list[int], strengths: list[float], **more: Any) -> list[bytes]:
+    """JPEGs that generate() makes of these frames of the camera, chunk by chunk."""
+    frames = torch.stack([read_frame(bytes(8) + camera_jpeg(n), (32, 32))[1] for n in numbers])
+    inputs = [
+        ChunkInput(part.latents, strength)
+        for part, strength in zip(
+            chunk_inputs(live.maker.vae, [frames[None]], 1, 1.0), strengths, strict=True
+        )
+    ]
+    noise = ChunkInput(torch.zeros(1, 1, 1, 1, 1), 1.0)
+    inputs += [noise] * (more.pop("frames") - len(inputs))
+    return made(live, len(inputs), MEADOW, 7, inputs=inputs, **more)
+
+
+def until_kind(page: Talk, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The next message of this kind, and the JSON messages before it."""
+    others: list[dict[str, Any]] = []
+    while True:
+        message = page.hear()
+        if isinstance(message, dict) and message["type"] == kind:
+            return message, others
+        if isinstance(message, dict):
+            others.append(message)
+
+
+def camera_chunk(page: Talk) -> tuple[int, list[bytes], list[dict[str, Any]]]:
+    """The next chunk, shown at once: its camera frame, its JPEGs, and what was said before it."""
+    head, others = until_kind(page, "chunk")
+    frames = [page.hear() for _ in range(head["frames"])]
+    page.say(type="shown", chunk=head["chunk"])
+    return head["camera"], [frame[16:] for frame in frames if isinstance(frame, bytes)], others
+
+
+def test_a_camera(live: Live) -> None:
+    """What is sent is what generate() makes of the camera's frames, each chunk with its strength;
+    another prompt on the way; noise when the camera is off. The download says so."""
+    with seated(live) as page:
+        page.say(type="start", prompt=MEADOW, seed=7, camera=True, strength=STRENGTH)
+        page.expect("started")
+        with pytest.raises(TimeoutError):
+            page.hear(0.3)  # no frame yet
+        jpegs, numbers, said = list[bytes](), list[int](), list[dict[str, Any]]()
+        for place, frames in enumerate((range(1), range(1, 5), range(5, 9), range(9, 13), None)):
+            if place == 1:
+                file = io.BytesIO()
+                Image.new("RGB", (9, 9)).save(file, "PNG")
+                page.socket.send(file.getvalue())  # a start picture is no frame of the camera
+            if place in (2, 3):
+                page.say(type="strength", strength=1 if place == 2 else STRENGTH)
+            if place == 3:
+                page.say(type="prompt", prompt=HALL)
+            if frames is None:
+                page.say(type="camera_off")
+            else:
+                film(page, frames)
+            for _ in range(1 if frames is not None else 2):
+                number, pictures, others = camera_chunk(page)
+                numbers.append(number)
+                jpegs += pictures
+                said += others
+        assert numbers == [0, 4, 8, 12, -1, -1]
+        assert [message["type"] for message in said] == ["picture", "switched"]
+        changes = {said[1]["frame"]: HALL}
+        strengths = [STRENGTH, STRENGTH, 1.0, STRENGTH]
+        more = {"frames": 6, "changes": changes}
+        assert jpegs == camera_clip(live, list(range(13)), strengths, **more)
+        assert jpegs != camera_clip(live, list(range(13)), [1.0] * 4, **more)
+        page.say(type="pause", on=True)
+        page.say(type="download")
+        until_kind(page, "file")
+        data = page.hear()
+        assert isinstance(data, bytes)
+        manifest = json.loads(zipfile.ZipFile(io.BytesIO(data)).read("manifest.json"))
+        page.say(type="start", prompt=MEADOW, seed=7, camera=True, picture=True)
+        assert "a camera's clip has no start picture" in page.expect("error")["message"]
+        assert manifest["camera"] is True
+        assert manifest["camera_strengths"] == [[0, STRENGTH], [5, 1.0], [9, STRENGTH]]
+
+
+def test_the_newest_frames_of_a_camera(live: Live) -> None:
+    """Of frames that wait for credit the oldest groups of four are left out; what is used follows
+    one another."""
+    with seated(live) as page:
+        page.say(type="start", prompt=MEADOW, seed=7, camera=True, strength=STRENGTH)
+        page.expect("started")
+        ahead = live.generator.ahead
+        heads = []
+        for chunk in range(ahead):
+            film(page, range(1) if chunk == 0 else range(4 * chunk - 3, 4 * chunk + 1))
+            heads.append(page.chunk())
+        first = 4 * ahead - 3  # the next frame
+        time.sleep(0.3)  # until so many more frames are allowed
+        film(page, range(first, first + 11))
+        page.say(type="shown", chunk=1)
+        heads.append(page.chunk())
+        page.say(type="shown", chunk=2)
+        film(page, range(first + 11, first + 12))
+        heads.append(page.chunk())
+        used = [*range(first), *range(first + 4, first + 12)]
+        assert [head["camera"] for head, _ in heads] == [used[4 * n] for n in range(ahead + 2)]
+        jpegs = [data for _, frames in heads for _, data in frames]
+        strengths = [STRENGTH] * (ahead + 2)
+        assert jpegs == camera_clip(live, used, strengths, frames=ahead + 2)
+
+
+def test_a_camera_without_frames_holds_nobody(live: Live) -> None:
+    """Pause, another clip, leaving and the server's end get through while frames are awaited."""
+    start = {"type": "start", "prompt": MEADOW, "seed": 7}
+    with seated(live) as page:
+        page.say(**start, camera=True, strength=STRENGTH)
+        page.expect("started")
+        for on in (True, False):
+            page.say(type="pause", on=on)
+        page.say(**start)
+        page.expect("started")
+        assert play(page, 2) == made(live, 2, MEADOW, 7)
+        film(page, range(3))  # of no clip
+        page.say(**start, camera=True, strength=STRENGTH)
+        until_kind(page, "started")
+    with seated(live) as page:
+        page.say(**start)
+        page.expect("started")
+        assert play(page, 1) == made(live, 1, MEADOW, 7)
+    _waits_for_frames(live, False)
+    _waits_for_frames(live, True)
+
+
+def _waits_for_frames(live: Live, off: bool) -> None:
+    """A generator that waits for frames ends when it is stopped; without a camera it goes on."""
+    chunks: list[Reply] = []
+    with generating(live.maker) as generator:
+        seat = generator.seat(lambda reply, binary: chunks.append(reply) if binary else None)
+        assert seat is not None
+        start, now = Start(MEADOW, 7, camera=True, strength=STRENGTH), time.monotonic()
+        generator.play(seat, ClipRequest(start, None, "", now, live.maker.camera()))
+        until(lambda: seat.begun == 1)
+        if off:
+            generator.camera_off(seat)
+            until(lambda: len(chunks) == generator.ahead)
+    assert not generator._thread.is_alive() and generator.failure is None
+    assert len(chunks) == (generator.ahead if off else 0)
+
+
+def test_frames_of_a_camera_that_are_refused(live: Live) -> None:
+    """Each is answered by an error, and the next frames are used; too many end the connection. What
+    waits is bounded."""
+    png, small = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (32, 32)).save(png, "PNG")
+    Image.new("RGB", (32, 24)).save(small, "JPEG")
+    large = io.BytesIO()
+    Image.new("RGB", (33, 32)).save(large, "JPEG")
+    head = HEAD.pack(MARK, 5)
+    with seated(live) as page:
+        page.say(type="start", prompt=MEADOW, seed=7, camera=True, strength=STRENGTH)
+        page.expect("started")
+        film(page, range(1))
+        page.chunk()
+        for message, words in (
+            (MARK, "has no number"),
+            (head, "cannot be read"),
+            (head + bytes(99), "cannot be read"),
+            (head + png.getvalue(), "cannot be read"),
+            (head + small.getvalue(), "is 32x24, the model's are 32x32"),
+            (head + large.getvalue(), "33x32 is too large"),
+            (head + bytes(MOST_BYTES), "more than 524288 bytes"),
+            (HEAD.pack(MARK, 0) + camera_jpeg(0), "frame 0 came after frame 0"),
+        ):
+            page.socket.send(message)
+            assert words in page.expect("error")["message"], message[:20]
+        page.say(type="start", prompt=MEADOW, seed=7, camera=True, strength=STRENGTH, picture=True)
+        assert "there is no start picture" in page.expect("error")["message"]
+        film(page, range(1, 5))
+        assert page.chunk()[0]["camera"] == 4
+        with pytest.raises(ConnectionClosed) as closed:
+            for number in range(5, 2000):
+                page.socket.send(HEAD.pack(MARK, number))
+            while True:
+                page.hear()
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1008
+    assert not any(is_frame(start) for start in (b"", b"\x89PNG", b"\xff\xd8\xff", b"RIFF"))
+    camera = Camera(4, 8)
+    for number in range(1000):
+        camera.put(number, torch.full((3, 1, 1), float(number)))
+        assert not camera.has(9)
+    number, pixels = camera.take(4)
+    assert pixels.shape == (1, 4, 3, 1, 1) and pixels[0, :, 0, 0, 0].tolist() == [
+        number - 3,
+        number - 2,
+        number - 1,
+        number,
+    ]
+
+
 BAD_TEXTS = [
     "",
     "nonsense",
@@ -235,6 +447,11 @@ BAD_TEXTS = [
     '{"type": "start", "prompt": "' + "x" * 20_000 + '", "seed": 1}',
     '{"type": "prompt", "prompt": "before a start"}',
     '{"type": "open", "path": "/etc/passwd"}',
+    '{"type": "start", "prompt": "a", "seed": 1, "camera": true, "strength": 0}',
+    '{"type": "start", "prompt": "a", "seed": 1, "camera": true, "strength": 1.5}',
+    '{"type": "start", "prompt": "a", "seed": 1, "camera": true, "strength": 0.5}',
+    '{"type": "strength", "strength": NaN}',
+    '{"type": "strength", "strength": 0.5}',
     '{"type": "shown", "chunk": 4294967296}',
     '{"type": "hello", "token": ""}',
 ]
@@ -416,6 +633,7 @@ def test_foreign_names_and_pages_are_refused(live: Live) -> None:
         page = answer(path)
         assert page.status == 200 and page.getheader("Access-Control-Allow-Origin") is None
         assert "default-src 'none'" in str(page.getheader("Content-Security-Policy"))
+        assert "camera=(self), microphone=()" in str(page.getheader("Permissions-Policy"))
     for path in ("/page.py", "/../server.py", "/page/page.js", "/%2e%2e/server.py", "/live"):
         assert answer(path).status == 404
 

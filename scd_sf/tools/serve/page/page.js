@@ -18,6 +18,11 @@ let ends = new Map(); // chunk -> its last frame
 let due = 0, shownTimes = [], arrivals = []; // arrivals: [time, bytes]
 let config = null, noH264 = ""; // how H.264 is decoded; null: pictures are JPEGs, for this reason
 let decoder = null, decoding = new Map(); // microseconds -> the entry whose picture is decoded
+let camera = null, fromCamera = false; // the stream of a camera that is on; the clip is made from it
+let isCapturing = false, captured = 0, sentAt = new Map(); // frames of the camera: number -> when it was sent
+const capture = document.createElement("canvas");
+const CAMERA_MARK = [0x63, 0x61, 0x6d, 0]; // before a frame: this, its number (big-endian), a JPEG
+const UNSENT = 2 ** 18; // bytes that wait to be sent, beyond which the camera's frames are left out
 
 function message(text) { at("message").textContent = text; }
 function said(text) { at("said").textContent = text; }
@@ -48,6 +53,7 @@ function connect(watch = watching) {
     ready = null;
     reset();
     playing = false;
+    fromCamera = false;
     hasPicture = false;
     buttons();
     const wait = waits[Math.min(tries++, waits.length - 1)];
@@ -72,6 +78,7 @@ function connectAs(watch) {
   ready = null;
   reset();
   playing = hasPicture = false;
+  stopCamera();
   at("watch").hidden = at("take").hidden = true;
   at("watchers").textContent = "";
   message("Connecting ..");
@@ -93,6 +100,7 @@ function hear(reply) {
     noH264 = "watching along";
     if (!watching) {
       chooseCodec(reply);
+      offerStrengths(reply.levels);
       at("prompt").maxLength = reply.most_prompt;
       document.body.dataset.ready = "true";
     }
@@ -118,10 +126,12 @@ function hear(reply) {
     at("dit-fps").textContent = reply.dit_fps.toFixed(1);
     at("vae-fps").textContent = reply.vae_fps.toFixed(1);
     at("first").textContent = `${reply.first_seconds.toFixed(2)} s`;
+    if (sentAt.has(reply.camera)) at("lag").textContent = `${(performance.now() - sentAt.get(reply.camera)).toFixed(0)} ms`;
+    for (const number of sentAt.keys()) if (number <= reply.camera) sentAt.delete(number);
   } else if (reply.type === "switched") {
     said(`from frame ${reply.frame}: ${reply.prompt}`);
   } else if (reply.type === "ended") {
-    playing = false;
+    playing = fromCamera = false;
     said(`The clip is complete: ${reply.frames} frames.`);
   } else if (reply.type === "picture") {
     hasPicture = true;
@@ -268,6 +278,9 @@ function buttons() {
   at("download").disabled = !mine || !playing && at("frame").textContent === "0";
   at("pause").textContent = paused ? "Go on" : "Pause";
   at("without").hidden = !hasPicture;
+  at("camera").disabled = !mine;
+  at("camera").textContent = camera ? "Camera off" : "Camera";
+  at("strengths").hidden = at("view").hidden = at("lagging").hidden = !camera;
 }
 
 function start() {
@@ -275,7 +288,92 @@ function start() {
   const seed = Math.min(Math.max(Math.trunc(Number(at("seed").value)) || 0, 0), Number.MAX_SAFE_INTEGER);
   at("seed").value = seed;
   if (!playing) message("Making the first frame ..");
-  send({ type: "start", prompt: at("prompt").value, seed, picture: hasPicture });
+  fromCamera = camera !== null;
+  send({ type: "start", prompt: at("prompt").value, seed, picture: hasPicture && !camera, camera: fromCamera, strength: strength() });
+}
+
+function offerStrengths(levels) {
+  const slider = at("strength");
+  slider.max = levels.length - 1;
+  // the most noise that is not above 0.8, else the least
+  const place = levels.findIndex((level) => level <= 0.8);
+  slider.value = levels.length - 1 - (place < 0 ? levels.length - 1 : place);
+  at("level").textContent = strength();
+}
+
+// the slider's right end is pure noise
+function strength() { return ready ? ready.levels[ready.levels.length - 1 - Number(at("strength").value)] : 1; }
+
+async function switchCamera() {
+  if (camera) {
+    if (fromCamera && playing) send({ type: "camera_off" });
+    return stopCamera();
+  }
+  if (!ready || watching) return;
+  if (!window.isSecureContext || !navigator.mediaDevices) {
+    said("Browsers give cameras to secure pages alone: open this one as http://127.0.0.1 or http://localhost (ssh -L), or by https.");
+    return;
+  }
+  const video = { width: { ideal: ready.width }, height: { ideal: ready.height }, frameRate: { ideal: ready.fps } };
+  try {
+    const stream = await navigator.mediaDevices.getUserMedia({ video, audio: false });
+    if (camera || !ready || watching) {
+      for (const track of stream.getTracks()) track.stop();
+      return;
+    }
+    camera = stream;
+    camera.getVideoTracks()[0].addEventListener("ended", () => { if (camera === stream) switchCamera(); });
+    at("view").srcObject = camera;
+    await at("view").play();
+    said("The next clip is made from the camera: press Start. No student is trained for this.");
+  } catch (error) {
+    stopCamera();
+    said(`The camera cannot be used: ${error.message}`);
+  }
+  buttons();
+}
+
+function stopCamera() {
+  if (camera) for (const track of camera.getTracks()) track.stop();
+  camera = at("view").srcObject = null;
+  fromCamera = false;
+  sentAt = new Map();
+  buttons();
+}
+
+// a frame of the camera, cropped at the middle to the model's size; none while the last one is still on its way
+function sendFrame() {
+  const view = at("view");
+  if (!ready || !camera || !fromCamera || paused || isCapturing || socket.bufferedAmount > UNSENT || view.readyState < 2) return;
+  const scale = Math.max(ready.width / view.videoWidth, ready.height / view.videoHeight);
+  const width = ready.width / scale, height = ready.height / scale;
+  capture.width = ready.width;
+  capture.height = ready.height;
+  capture.getContext("2d").drawImage(view, (view.videoWidth - width) / 2, (view.videoHeight - height) / 2, width, height, 0, 0, ready.width, ready.height);
+  isCapturing = true;
+  capture.toBlob(async (blob) => {
+    const picture = blob ? new Uint8Array(await blob.arrayBuffer()) : null;
+    isCapturing = false;
+    if (!picture || !fromCamera || socket.readyState !== WebSocket.OPEN) return;
+    const data = new Uint8Array(8 + picture.length);
+    data.set(CAMERA_MARK);
+    new DataView(data.buffer).setUint32(4, captured);
+    data.set(picture, 8);
+    if (sentAt.size > 1000) sentAt.clear();
+    sentAt.set(captured, performance.now());
+    captured += 1;
+    socket.send(data);
+  }, "image/jpeg", 0.85);
+}
+
+// at the model's rate, by the clock: a timer alone drifts
+function captureFrames(next = performance.now()) {
+  const now = performance.now();
+  if (now >= next) {
+    sendFrame();
+    next = Math.max(next + 1000 / (ready ? ready.fps : 16), now - 100);
+  }
+  setTimeout(() => captureFrames(next), Math.max(1, next - performance.now()));
 }
 
 function change() {
@@ -308,6 +406,9 @@ at("take").addEventListener("click", () => connectAs(false));
 at("pause").addEventListener("click", pause);
 at("download").addEventListener("click", () => { said("Making the file .."); send({ type: "download" }); });
 at("file").addEventListener("change", upload);
+at("camera").addEventListener("click", switchCamera);
+at("strength").addEventListener("input", () => { at("level").textContent = strength(); });
+at("strength").addEventListener("change", () => { if (fromCamera) send({ type: "strength", strength: strength() }); });
 at("without").addEventListener("click", () => { hasPicture = false; at("file").value = ""; buttons(); });
 at("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); change(); }
@@ -320,4 +421,5 @@ document.addEventListener("keydown", (event) => {
 
 takeToken();
 connect();
+captureFrames();
 requestAnimationFrame(show);
