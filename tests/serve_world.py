@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,3 +111,17 @@ class Talk:
         frames = [self.hear() for _ in range(head["frames"])]
         assert all(isinstance(frame, bytes) for frame in frames)
         return head, [(HEADER.unpack(frame[:16]), frame[16:]) for frame in frames]  # type: ignore[arg-type]
+
+
+def seated(live: Live) -> Talk:
+    """A page with the seat, which the page before may still be leaving."""
+    end = time.monotonic() + 30
+    while True:
+        page = Talk(live.port)
+        message = page.hear()
+        assert isinstance(message, dict)
+        if message["type"] == "ready":
+            return page
+        assert message["type"] == "busy" and time.monotonic() < end
+        page.socket.close()
+        time.sleep(0.02)

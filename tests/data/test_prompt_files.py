@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scd_sf.data.prompt_files import LINE_BYTES, PromptFile, PromptRow, read_prompt_file
+from scd_sf.data.prompt_list import PromptList
 from scd_sf.files import sha256_file
 from scd_sf.types import UserError
 
@@ -157,6 +158,26 @@ def test_what_tools_and_collections_say_beside_a_prompt_is_passed_over(tmp_path:
     assert read_prompt_file(tmp_path / "p.jsonl") == [PromptRow("a", uuid="u", held_out=True)]
     (tmp_path / "p.csv").write_text("uuid,prompt,time,toxicity,part,anything\nu,a,now,0.1,,1\n")
     assert read_prompt_file(tmp_path / "p.csv") == [PromptRow("a", uuid="u")]
+
+
+def test_a_video_to_make_anew(tmp_path: Path) -> None:
+    """A jsonl row's, relative to the list; a csv file's column of that name is one of its own. Where
+    a prompt is all, it is refused."""
+    file, other = tmp_path / "p.jsonl", tmp_path / "p.csv"
+    file.write_text('{"prompt": "a", "video": "b.mp4"}\n{"prompt": "c"}\n')
+    rows = [PromptRow("a", video=str(tmp_path / "b.mp4")), PromptRow("c")]
+    assert read_prompt_file(file) == rows
+    other.write_text("video,prompt\nb.mp4,a\n")
+    assert read_prompt_file(other) == [PromptRow("a")]
+    with pytest.raises(UserError, match="prompt 1 has 'video', but here a prompt is all"):
+        PromptList(file)
+    for row, words in (
+        ('{"prompt": "a", "video": 3}', "'video' is 3; it must be the path of a video"),
+        ('{"prompt": "a", "video": "b.mp4", "start": "c.png"}', "has 'start' and 'video'"),
+    ):
+        file.write_text(row)
+        with pytest.raises(UserError, match=words):
+            read_prompt_file(file)
 
 
 def test_a_header_of_many_columns_is_quick(tmp_path: Path) -> None:

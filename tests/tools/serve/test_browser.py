@@ -21,7 +21,7 @@ import torch
 from browsers import QUIET, chromium
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
-from serve_world import TOKEN, Live, Talk
+from serve_world import TOKEN, Live, seated
 
 from scd_sf.generation.generate import as_uint8, generate
 
@@ -217,9 +217,7 @@ def test_busy_a_cut_and_a_phone(live: Live, browser: Browser) -> None:
     """A page that finds the seat taken says so and gets it later; one whose connection is cut plays
     again; at phone size nothing is wider than the screen."""
     url = f"http://127.0.0.1:{live.port}/"
-    end = time.monotonic() + 30
-    while (other := Talk(live.port)).hear() == {"type": "busy"}:
-        assert time.monotonic() < end
+    other = seated(live)
     visit = Visit(browser, url, 390, 844)
     visit.until(f"{MESSAGE}.startsWith('Somebody else')")
     assert visit.ask("document.documentElement.scrollWidth <= window.innerWidth")

@@ -24,7 +24,7 @@ import pytest
 import serve_world
 import torch
 from PIL import Image
-from serve_world import HOST, KEPT, TOKEN, Live, Talk
+from serve_world import HOST, KEPT, TOKEN, Live, Talk, seated
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scd_sf.cli import serve
@@ -81,20 +81,6 @@ def made(live: Live, frames: int, prompt: str, seed: int, **options: Any) -> lis
         **options,
     )
     return [jpeg(picture, maker.quality).data for part in parts for picture in as_uint8(part[0])]
-
-
-def seated(live: Live) -> Talk:
-    """A page with the seat, which the page before may still be leaving."""
-    end = time.monotonic() + 30
-    while True:
-        page = Talk(live.port)
-        message = page.hear()
-        assert isinstance(message, dict)
-        if message["type"] == "ready":
-            return page
-        assert message["type"] == "busy" and time.monotonic() < end
-        page.socket.close()
-        time.sleep(0.02)
 
 
 def play(page: Talk, chunks: int) -> list[bytes]:
