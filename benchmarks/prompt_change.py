@@ -13,7 +13,6 @@ prompt never changes (floor), and the new one from the beginning (ceiling). Prin
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,7 +82,6 @@ def main() -> None:
     }
     for name, change in [*changes.items(), ("no change (floor)", {}), ("new from the start", {})]:
         start = new_text if name == "new from the start" else text
-        began = time.monotonic()
         latents = clips_of(
             generate_latents(
                 student,
@@ -104,7 +102,6 @@ def main() -> None:
             for key in ("place", "motion", "left_right")
         ]
         print(f"| {name} | {' | '.join(numbers)} | {jump(latents, length):.2f} |", flush=True)
-        print(f"({time.monotonic() - began:.0f} s)", flush=True)
     write_json(
         args.out,
         {"clips": len(clips), "seed": args.seed, "latent_frames": length, "histories": rows},
