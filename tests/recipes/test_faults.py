@@ -86,16 +86,18 @@ def test_kill_points(
 ) -> None:
     count = int(pytestconfig.getoption("--kill-points"))
     whole = {}
-    for name, target in (("writes", WRITES), ("moments", BACKWARD)):
-        run = tmp_path / ("whole" if name == "writes" else name)
-        counting = {rank: At(target, 10**9) for rank in range(world)}
+    targets = {"writes": At(WRITES, 10**9), "moments": At(BACKWARD, 10**9)}
+    runs = [list(targets)] if world == 2 else [[name] for name in targets]  # one count for a rank
+    for names in runs:
+        run = tmp_path / ("whole" if "writes" in names else "moments")
+        counting = {rank: targets[names[rank % len(names)]] for rank in range(world)}
         results = recipe_runner.run_ranks(
             SCRIPTS[stage], *arguments(chain, stage, world, more, run), world=world, at=counting
         )
         assert all(result.code == 0 for result in results), results[0].err
-        whole[name] = results[0].calls
-        assert whole[name] > 5, "the places to kill at were not found"
-    assert same(tmp_path / "whole", tmp_path / "moments")
+        whole |= {name: result.calls for name, result in zip(names, results, strict=True)}
+    assert min(whole.values()) > 5, "the places to kill at were not found"
+    assert world == 2 or same(tmp_path / "whole", tmp_path / "moments")
     rng = random.Random(f"{stage} {world}")
     boundaries = points(whole["writes"], count - count // 3)
     moments = sorted(rng.sample(range(1, whole["moments"] + 1), min(count // 3, whole["moments"])))
