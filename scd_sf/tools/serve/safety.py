@@ -12,12 +12,14 @@ import ipaddress
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from scd_sf.types import UserError
 
@@ -72,6 +74,8 @@ class Names:
         """Whether a ``Host`` header is one of the server."""
         if said in self.names:
             return True
+        if self.port == 80 and (":" not in said or said.endswith("]")):
+            said += ":80"  # which browsers leave out
         name, _, port = said.rpartition(":")
         if port != str(self.port):
             return False
@@ -95,13 +99,15 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Guard:
-    """Refuses what comes by a foreign name or from a foreign page, before ``app`` sees it, and adds
-    :data:`HEADERS` to what ``app`` answers."""
+    """Refuses what comes by a foreign name or from a foreign page, and WebSockets beyond
+    ``most_pages``, before ``app`` sees it. Adds :data:`HEADERS` to all answers."""
 
     app: ASGIApp
     names: Names
+    most_pages: int
+    _pages: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -114,13 +120,64 @@ class Guard:
         needs_origin = scope["type"] == "websocket"
         if not is_own_page or (needs_origin and len(origins) != 1):
             if scope["type"] == "websocket":
-                await receive()
-                await send({"type": "websocket.close", "code": 1008})  # an HTTP 403
+                await _refuse_page(receive, send)
             else:
                 refusal = PlainTextResponse("this server has another name", 421, headers=HEADERS)
                 await refusal(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self.app(scope, receive, _with_headers(send))
+        elif self._pages >= self.most_pages:
+            await _refuse_page(receive, send)
+        else:
+            self._pages += 1
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self._pages -= 1
+
+
+async def _refuse_page(receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "websocket.close", "code": 1008})  # an HTTP 403
+
+
+def _with_headers(send: Send) -> Send:
+    async def answer(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(HEADERS)
+        await send(message)
+
+    return answer
+
+
+class Sweeper:
+    """Cuts connections that hold a place for ``seconds`` and do nothing with it: no whole request
+    has come, or they close and the other side takes nothing. uvicorn would wait for ever. Called
+    again and again."""
+
+    def __init__(
+        self,
+        connections: Collection[Any],
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._connections, self._seconds, self._clock = connections, seconds, clock
+        self._idle_since: dict[Any, float] = {}
+
+    async def __call__(self) -> None:
+        now = self._clock()
+        idle = [connection for connection in self._connections if _is_idle(connection)]
+        self._idle_since = {one: self._idle_since.get(one, now) for one in idle}
+        for connection, since in self._idle_since.items():
+            if now - since >= self._seconds:
+                connection.transport.abort()
+
+
+def _is_idle(connection: Any) -> bool:
+    """Of uvicorn's: whether no request is answered. A WebSocket that is open has its own pings."""
+    if isinstance(connection, H11Protocol):
+        return connection.cycle is None or connection.cycle.response_complete
+    return bool(connection.transport.is_closing())
 
 
 class Rate:
