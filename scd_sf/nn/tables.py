@@ -1,5 +1,6 @@
-"""Tables that many steps share (rotary positions, masks), kept within a number of bytes: random
-sets of targets would fill a cache that counts entries with gigabytes of them."""
+"""Tables that many steps share (rotary positions, masks), kept within a number of bytes (random
+sets of targets would fill a cache that counts entries with gigabytes of them) and of entries (a
+video without end asks for the table of every position once)."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 LIMIT = 128 * 2**20  # bytes of each kind of table; `scd plan` counts the kinds of a training
+MOST = 1024  # entries of each kind
 
 
 class Kept(Generic[P, T]):
     """A cache of the results of ``make``. The oldest are removed when all results (``size`` in
-    bytes, each counted as at least 1 KiB) exceed ``limit``; the latest result always stays.
-    Arguments must be hashable."""
+    bytes, each counted as at least 1 KiB) exceed ``limit``, or are more than :data:`MOST`; the latest
+    result always stays. Arguments must be hashable."""
 
     def __init__(self, make: Callable[P, T], size: Callable[[T], int], limit: int) -> None:
         functools.update_wrapper(self, make)
@@ -38,7 +40,9 @@ class Kept(Generic[P, T]):
         value = self._make(*args, **kwargs)
         self._entries[key] = value, max(1024, self._size(value))
         self._total_bytes += self._entries[key][1]
-        while self._total_bytes > self._limit and len(self._entries) > 1:
+        while len(self._entries) > MOST or (
+            self._total_bytes > self._limit and len(self._entries) > 1
+        ):
             self._total_bytes -= self._entries.popitem(last=False)[1][1]
         return value
 

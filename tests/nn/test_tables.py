@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.nn.rope import rope_table
-from scd_sf.nn.tables import LIMIT, kept_within, tensor_bytes
+from scd_sf.nn.tables import LIMIT, MOST, kept_within, tensor_bytes
 
 
 def test_the_latest_stay_within_the_limit() -> None:
@@ -41,3 +41,13 @@ def test_random_targets_do_not_fill_the_memory() -> None:
     for number in range(LIMIT // size):
         rope_table((*frames[1:], 100 + number), 30, 52, (44, 42, 42), torch.device("meta"))
     assert rope_table(frames, 30, 52, (44, 42, 42), torch.device("meta")) is not first
+
+
+def test_a_video_without_end_does_not_fill_the_memory() -> None:
+    """Each of its frames asks for a small table of its own."""
+    rope_table.clear()
+    for frame in range(MOST + 100):
+        rope_table((frame,), 2, 2, (4, 2, 2), torch.device("meta"))
+    assert len(rope_table._entries) == MOST
+    last = ((MOST + 99,), 2, 2, (4, 2, 2), torch.device("meta"))
+    assert rope_table(*last) is rope_table(*last)
