@@ -130,11 +130,12 @@ class Client:
         """A connection that has the seat, or watches along. Without ``goodbye`` it is cut at the
         end."""
         from websockets.sync.client import connect
+        from websockets.typing import Origin
 
-        url, origin = f"ws://127.0.0.1:{self.port}/live", f"http://127.0.0.1:{self.port}"
+        url, origin = f"ws://127.0.0.1:{self.port}/live", Origin(f"http://127.0.0.1:{self.port}")
         end = time.monotonic() + 60
         while time.monotonic() < end:
-            with connect(url, origin=origin, compression=None, max_size=None) as socket:  # type: ignore[arg-type]
+            with connect(url, origin=origin, compression=None, max_size=None) as socket:
                 self.say(socket, type="hello", token="", watch=watch)
                 self.welcome = json.loads(socket.recv(timeout=60))
                 if self.welcome["type"] == "busy":
@@ -542,20 +543,21 @@ def take_screenshots(options: argparse.Namespace) -> None:
 def table(part: str, figures: dict[str, Any]) -> list[str]:
     """Lines of Markdown."""
     if part == "speed":
-        rows = {name: figures[name] for name in ("vae", "decoder") if name in figures}
         lines = [
-            "| decoded by | FPS DiT | FPS VAE and JPEG | without a page | page, "
+            "| decoded by | FPS DiT | FPS VAE and pictures | without a page | page, "
             f"{figures['fps']} asked | late frames | first start | start | new prompt, median / worst |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        for name, row in rows.items():
-            start, switch = row["start_seconds"], row["switch_seconds"]
-            lines.append(
-                f"| {'the VAE' if name == 'vae' else 'a tiny decoder'} | {row['dit_fps']} | {row['vae_fps']} "
-                f"| {row['full_speed_fps']} | {row['page_fps']} | {100 * row['late_share']:.1f} % "
-                f"| {row['first_start_seconds']:.2f} s | {statistics.median(start):.2f} s "
-                f"| {statistics.median(switch):.2f} / {max(switch):.2f} s |"
-            )
+        for name, words in (("vae", "the VAE"), ("decoder", "a tiny decoder")):
+            if name in figures:
+                row = figures[name]
+                start, switch = row["start_seconds"], row["switch_seconds"]
+                lines.append(
+                    f"| {words} | {row['dit_fps']} | {row['vae_fps']} "
+                    f"| {row['full_speed_fps']} | {row['page_fps']} | {100 * row['late_share']:.1f} % "
+                    f"| {row['first_start_seconds']:.2f} s | {statistics.median(start):.2f} s "
+                    f"| {statistics.median(switch):.2f} / {max(switch):.2f} s |"
+                )
         return lines
     lines = ["| | first | last | least | most | slope, an hour |", "|---|---|---|---|---|---|"]
     names = {
