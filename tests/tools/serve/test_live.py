@@ -286,7 +286,7 @@ def test_a_camera(live: Live) -> None:
                 said += others
         assert numbers == [0, 4, 8, 12, -1, -1]
         assert [message["type"] for message in said] == ["picture", "switched"]
-        changes = {said[1]["frame"]: HALL}
+        changes = {said[1]["frame"]: (HALL, "keep")}
         strengths = [STRENGTH, STRENGTH, 1.0, STRENGTH]
         more = {"frames": 6, "changes": changes}
         assert jpegs == camera_clip(live, list(range(13)), strengths, **more)
