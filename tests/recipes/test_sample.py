@@ -27,6 +27,7 @@ from scd_sf.files import LOCK, locked, sha256_file
 from scd_sf.generation.folder import batches, open_sample_folder
 from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.generation.inputs import ChunkInput
+from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.generation.sampling import SampleConfig, open_generator, start_sha256, wanted_videos
 from scd_sf.models.export import export_weights
 from scd_sf.models.wan import text_cache
@@ -460,7 +461,7 @@ def test_a_video_is_made_anew(
         [5, 6],
         maker.shape_of(videos[0]),
         maker.sampler,
-        changes={13: maker.text.encode([PROMPTS[1]] * 2)},
+        changes={13: PromptChange(maker.text.encode([PROMPTS[1]] * 2))},
         inputs=[ChunkInput(part, 0.9) for part in latents.split(1, dim=1)],
     )
     own = torch.cat(list(maker.frames(videos[:2])), 1)
