@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import serve_world
@@ -24,6 +25,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from serve_world import TOKEN, Live, seated
 
 from scd_sf.generation.generate import as_uint8, generate
+from scd_sf.tools.serve.pictures import H264, jpeg
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 HOSTILE = "</p><img src=x onerror='window.hit = 1'><script>window.hit = 1</script>"
@@ -81,6 +83,14 @@ def browser() -> Iterator[Browser]:
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture(autouse=True)
+def pages(browser: Browser) -> Iterator[None]:
+    """No page of a test keeps the seat from the next one."""
+    yield
+    for context in browser.contexts:
+        context.close()
 
 
 class Visit:
@@ -251,6 +261,19 @@ def frames_of(live: Live, prompt: str, seed: int, last: int) -> np.ndarray:
     return frames[: last + 1].permute(0, 2, 3, 1).numpy()
 
 
+def as_decoded(frames_FHW3: np.ndarray, is_h264: bool) -> np.ndarray:
+    """Frames as the codec gives them back, decoded without a browser."""
+    pictures = torch.from_numpy(frames_FHW3).permute(0, 3, 1, 2)
+    if not is_h264:
+        jpegs = [jpeg(picture, 90).data for picture in pictures]
+        return np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in jpegs])
+    height, width = frames_FHW3.shape[1:3]
+    encoder, decoder = H264(width, height, 16), av.VideoCodecContext.create("h264", "r")
+    packets = [av.Packet(encoder.encode(picture).data) for picture in pictures]
+    decoded = [frame for packet in [*packets, None] for frame in decoder.decode(packet)]
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])
+
+
 def test_the_canvas_shows_the_frames(live: Live, browser: Browser) -> None:
     """H.264 where this Chromium has it, and JPEGs: the right picture, in its colours."""
     url = f"http://127.0.0.1:{live.port}/"
@@ -260,8 +283,8 @@ def test_the_canvas_shows_the_frames(live: Live, browser: Browser) -> None:
         visit.page.locator("#prompt").fill("left in meadow")
         visit.page.locator("#start").click()
         visit.until(f"{FRAME} >= 40")
+        has_h264 = not script and visit.ask(HAS_H264)
         if not script:
-            has_h264 = visit.ask(HAS_H264)
             assert visit.ask(CODEC) == ("H.264" if has_h264 else f"JPEG ({NO_DECODER})")
         assert visit.ask("Number(document.getElementById('rate').textContent)") > 0
         visit.page.locator("#pause").click()
@@ -270,11 +293,12 @@ def test_the_canvas_shows_the_frames(live: Live, browser: Browser) -> None:
         data = visit.ask("Array.from(stage.getImageData(0, 0, 32, 32).data)")
         canvas = np.array(data, np.float32).reshape(32, 32, 4)[..., :3]
         visit.context.close()
-        frames = frames_of(live, "left in meadow", 0, frame + 2).astype(np.float32)
-        # a random model's frames are noise, of which both codecs lose much
-        nearest = np.abs(frames - canvas).mean((1, 2, 3)).argmin()
-        colours = np.abs(frames[frame].mean((0, 1)) - canvas.mean((0, 1))).max()
-        assert nearest == frame and colours < 5, (script, nearest, frame, colours)
+        frames = frames_of(live, "left in meadow", 0, frame + 2)
+        decoded = as_decoded(frames, has_h264).astype(np.float32)
+        distances = np.abs(decoded - canvas).mean((1, 2, 3))
+        assert distances.argmin() == frame and distances[frame] < 4, (script, frame, distances)
+        colours = np.abs(frames[frame].mean((0, 1)) - canvas.mean((0, 1)))
+        assert colours.max() < 8, (script, colours)
 
 
 def test_jpegs_where_h264_is_not_there_or_fails(live: Live, browser: Browser) -> None:
@@ -292,7 +316,7 @@ def test_jpegs_where_h264_is_not_there_or_fails(live: Live, browser: Browser) ->
         visit.until(f"{CODEC} === 'JPEG ({why})'")
         visit.until(f"{FRAME} >= 28")
         shown = visit.ask("window.frames_shown")
-        assert shown == sorted(set(shown)) and len(shown) > 20, (why, shown)
+        assert shown == sorted(set(shown)) and len(shown) > 10, (why, shown)
         assert visit.complaints == [], why
         visit.context.close()
 

@@ -4,7 +4,7 @@
 const at = (id) => document.getElementById(id);
 const HEAD = 16; // bytes before a frame's picture: frame, chunk, flags and microseconds (big-endian)
 const IS_H264 = 1, IS_KEY = 2; // flags
-const LATE = 3000; // milliseconds after which a picture counts as held back by the decoder
+const LATE = 5000; // milliseconds after which a picture counts as held back by the decoder
 const stage = at("picture").getContext("2d");
 const waits = [1, 2, 4, 8]; // seconds before it connects again
 
