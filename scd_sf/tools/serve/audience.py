@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from scd_sf.tools.serve.protocol import Chunk, Missed, Reply, Say, SeatState, Started, Switched
 
-BEHIND = 3  # chunks that were sent to a watcher and not shown
+BEHIND = 6  # chunks that were sent to a watcher and not shown
 
 
 @dataclass(eq=False)

@@ -332,8 +332,9 @@ def test_a_second_page_watches_along(live: Live, browser: Browser) -> None:
     visit = Visit(browser, url, 390, 844)
     visit.until(f"{MESSAGE}.startsWith('Somebody else')")
     visit.page.locator("#watch").click()
-    visit.until("window.frames_shown.length > 12")
+    visit.until(f"{SAID}.startsWith('seed 0')")
     assert visit.ask(SAID) == f"seed 0: {HOSTILE}" and visit.ask("window.hit") is None
+    visit.until("window.frames_shown.length > 12")
     shown = visit.ask("window.frames_shown")
     assert shown == list(range(shown[0], shown[0] + len(shown))) and shown[0] > 0
     assert visit.ask("document.getElementById('start').disabled")
