@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scd_sf.generation.generate import decode
 from scd_sf.models.wan.tiny_vae import (
     DECODER,
     TinyDecoder,
@@ -29,6 +30,7 @@ from scd_sf.models.wan.vae import Vae, VaeGeometry, load_vae
 from scd_sf.types import UserError
 
 DEMO = Path(__file__).parents[3] / "assets" / "wan_doom"
+SHIPPED = DEMO.parent / "tiny_vae_doom"
 SMALL = TinyVaeConfig(channels=16, widths=(8, 6, 4, 4))
 PATCHED = TinyVaeConfig(channels=48, widths=(8, 6, 4, 4), patch=2)
 Tensors = dict[str, Tensor]
@@ -211,3 +213,15 @@ def test_nothing_there_and_latents_of_another_shape(tmp_path: Path) -> None:
                 call(torch.zeros(shape))
     with pytest.raises(ValueError, match="widths is"):
         TinyVaeConfig(widths=(0, 1, 1, 1))
+
+
+def test_the_shipped_decoder_is_near_the_demos_vae() -> None:
+    """On drifting clouds of colour, which neither has seen."""
+    vae, rng = load_vae(DEMO), torch.Generator().manual_seed(0)
+    clouds = torch.rand(1, 3, 4, 12, generator=rng)
+    wide = torch.nn.functional.interpolate(clouds, size=(64, 192), mode="bicubic").clamp(0, 1)
+    clip = torch.stack([wide[0, :, :, 3 * f : 3 * f + 64] for f in range(17)])[None]
+    encoded = vae.encode(2 * clip - 1)
+    own, quick = decode(vae, encoded), decode(load_decoder(SHIPPED, vae=vae), encoded)
+    assert quick.shape == own.shape
+    assert -10 * float((quick - own).square().mean().log10()) > 17
