@@ -61,7 +61,8 @@ def write(
         for name, value in (colours or {}).items():
             setattr(stream.codec_context, name, value)
         for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            form = {3: "rgb24", 4: "rgba"}[picture.shape[2]]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=form)
             kind = (colours or {}).get("colorspace", 0)
             frame = frame.reformat(
                 format=pixels, dst_colorspace={1: "ITU709", 9: "BT2020"}.get(kind, "ITU601")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
 import os
 import re
 import stat
@@ -25,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from scd_sf.data.prompt_files import csv_fields, csv_lines
 from scd_sf.data.sources.raw_files import Refused
 from scd_sf.files import foreign, lines_of, parse_json, read_text, reason, safe_path
 from scd_sf.types import UserError, printable
@@ -324,10 +324,11 @@ def _csv_rows(table: Path) -> list[tuple[int, Mapping[str, object]]]:
     text = _decoded(table)
     head = text.partition("\n")[0]
     mark = next((mark for mark in MARKS if mark in head), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    lines = (f"{line}\n" for line in lines_of(text))
+    reader = csv.reader(csv_lines(lines), delimiter=mark, strict=True)
     rows: list[tuple[int, Mapping[str, object]]] = []
     try:
-        names = [name.strip().lower() for name in next(reader, [])]
+        names = [name.strip().lower() for name in csv_fields(next(reader, []))]
         if doubled := [name for name, count in Counter(names).items() if count > 1 and name]:
             raise UserError(
                 f"{table}:1: has two columns '{printable(doubled[0][:40])}'; remove one"
@@ -340,7 +341,7 @@ def _csv_rows(table: Path) -> list[tuple[int, Mapping[str, object]]]:
                     f"{table}:{reader.line_num}: {len(fields)} columns instead of {len(names)}; put texts that have "
                     f"{MARKS[mark]} into quotes"
                 )
-            rows.append((reader.line_num, dict(zip(names, fields, strict=False))))
+            rows.append((reader.line_num, dict(zip(names, csv_fields(fields), strict=False))))
     except csv.Error as error:
         raise UserError(f"{table}:{reader.line_num}: {reason(error)}; correct it") from error
     return rows

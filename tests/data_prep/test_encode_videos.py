@@ -438,6 +438,11 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
         captions = {name: video.caption for name, video in videos.items()}
         assert captions == {"a.mp4": " ".join(f"x {mark} y".split()), f"{parted}.mp4": "z"}
         assert not refused
+    for within in ("\r", "\u2028", "\x0b", "\x85"):  # only a line feed ends a line
+        for text in (f"x{within}y", f'"x{within}y"'):
+            (tmp_path / "t.csv").write_bytes(f"file,caption\na.mp4,{text}\n".encode())
+            videos, _, _ = read_captions(tmp_path / "t.csv", tmp_path)
+            assert videos["a.mp4"].caption == "x y"
     (tmp_path / f"{parted} 2.txt").write_text("beside")
     folder = read_video_folder(tmp_path, tmp_path / "t.csv")
     assert [v.caption for v in folder.videos if v.file == f"{composed} 2.mp4"] == ["beside"]

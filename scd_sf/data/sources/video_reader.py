@@ -41,6 +41,10 @@ WHOLE = 0.9
 MOST_CROPPED = 20  # a picture that is scaled to cover a size is at most so many times as large
 LONGEST_STILL = 60  # seconds: two frames can claim any length of time between them
 SAME_RATE = 0.01  # 29.97 frames per second pass for 30
+CLEAR = (
+    "has transparent parts (alpha), which are not read; flatten it on a background "
+    "(ffmpeg's overlay filter), or write it again without them (-pix_fmt yuv420p)"
+)
 TIMING = "set fps to the file's own rate, or as_coded to take its frames one by one"
 AS_CODED = 0.0  # as ``fps``: frame after frame, whatever the timestamps say
 # Titles that are not UTF-8 are ignored; av before 19 needs an option for this.
@@ -130,14 +134,14 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
     """The frames as they are coded, upright, with square pixels, in the colours of an ordinary
     screen (BT.709).
 
-    UserError as :func:`read_frames`.
+    UserError as :func:`read_frames`, and for transparent parts of a frame that is looked at.
     """
     with _open(source, where, remedy) as container:
         stream = _stream_of(container)
         num_frames, aspect = int(stream.frames), stream.sample_aspect_ratio
         reformatter = VideoReformatter()
         count, size, matrix, angle = 0, (0, 0), (1, 0, 0, 1), 0
-        for frame in container.decode(stream):
+        for frame in _decoded(container, stream, where):
             # only once: a frame asked for its matrix stays in memory until garbage collection
             if not count:
                 size, matrix, angle = (frame.width, frame.height), _matrix(frame), frame.rotation
@@ -153,7 +157,7 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
             base = frame.time_base
             has_time = frame.pts is not None and base is not None
             yield Picture(
-                partial(_upright, frame, reformatter, aspect, matrix),
+                partial(_upright, frame, reformatter, aspect, matrix, where),
                 frame.pts * base if has_time else None,
                 frame.duration * base if base else None,
             )
@@ -163,20 +167,36 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
             raise ValueError(f"{count} frames of {num_frames} can be decoded")
 
 
+def _decoded(
+    container: av.container.InputContainer, stream: av.VideoStream, where: str
+) -> Iterator[av.VideoFrame]:
+    """All frames. UserError for a webm's alpha, which lies beside the frames, where ffmpeg's decoders
+    do not look."""
+    says_alpha = stream.metadata.get("alpha_mode") == "1"  # browsers write it without any, too
+    for packet in container.demux(stream):
+        if says_alpha and packet.has_sidedata("matroska_block_additional"):
+            raise UserError(f"{where}: {CLEAR}")
+        yield from packet.decode()
+
+
 def _upright(
     frame: av.VideoFrame,
     reformatter: VideoReformatter,
     aspect: Fraction | None,
     matrix: tuple[int, int, int, int],
+    where: str,
 ) -> np.ndarray:
-    return _turn(_rgb(frame, reformatter, aspect), matrix)
+    picture_HWC = _rgb(frame, reformatter, aspect)
+    if (picture_HWC[..., 3:] < 255).any():
+        raise UserError(f"{where}: {CLEAR}")
+    return _turn(picture_HWC[..., :3], matrix)
 
 
 def _rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, aspect: Fraction | None
 ) -> np.ndarray:
-    """uint8 (H, W, 3) with square pixels: the side that is stretched grows. One thread: the
-    default's thread pool costs five times the work at this size."""
+    """uint8 (H, W, 3), or (H, W, 4) of a format with alpha, with square pixels: the side that is
+    stretched grows. One thread: the default's thread pool costs five times the work at this size."""
     width, height = frame.width, frame.height
     if aspect and aspect > 1:
         width = round(width * aspect)
@@ -186,12 +206,13 @@ def _rgb(
     interpolation = (
         Interpolation.BICUBIC if (width, height) != (frame.width, frame.height) else None
     )
+    has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
     wide = frame.color_trc in HDR or frame.color_primaries in WIDE
     return reformatter.reformat(
         frame,
         width,
         height,
-        "rgb24",
+        "rgba" if has_alpha else "rgb24",
         interpolation=interpolation,
         threads=1,
         dst_color_trc=ColorTrc.BT709 if wide else None,

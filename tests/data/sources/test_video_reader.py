@@ -146,6 +146,32 @@ def test_hdr_is_brought_to_an_ordinary_screen(tmp_path: Path, transfer: int) -> 
     assert {16: 170, 18: 135}[transfer] < levels(video)[0] < {16: 200, 18: 160}[transfer]
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("a.mov", "qtrle", "argb"),
+        ("a.mov", "prores_ks", "yuva444p10le"),
+        ("a.mkv", "ffv1", "bgra"),
+        ("a.webm", "libvpx-vp9", "yuva420p"),
+    ],
+)
+def test_transparent_parts_are_refused(tmp_path: Path, name: str, codec: str, pixels: str) -> None:
+    """They would show whatever colour lies below. An alpha channel that hides nothing is read; that of
+    a webm, which no decoder of ours looks at, is refused."""
+    clear = np.dstack([corners(), np.full((HEIGHT, WIDTH), 255, np.uint8)])
+    clear[0, 0, 3] = 0 if codec != "libvpx-vp9" else 255
+    file = write(tmp_path / name, [clear] * 2, codec=codec, pixels=pixels)
+    with pytest.raises(UserError, match=rf"{name}: has transparent parts \(alpha\).*flatten it"):
+        read(file)
+    if codec != "libvpx-vp9":
+        clear[..., 3] = 255
+        video = read(write(tmp_path / name, [clear] * 2, codec=codec, pixels=pixels))
+        assert (video[0].permute(1, 2, 0).numpy() - corners().astype(int))[2:8, 2:8].max() < 8
+    else:
+        webm = write(tmp_path / name, [corners()] * 2, codec=codec, pixels="yuv420p")
+        assert len(read(webm)) == 2
+
+
 def test_frames_that_change_their_size_are_refused(tmp_path: Path) -> None:
     """Two MPEG-2 videos of different sizes, one after the other in one transport stream."""
     parts = []
