@@ -105,13 +105,15 @@ class Seat:
     """The viewer's connection as the thread sees it: what was said to it, and what it wants. Chunks
     count from 1 over all clips of the seat: those ``begun``, of which so many were ``made`` and
     sent, and ``shown``. ``strength``: of a camera's frames. ``h264``: the stream that its pictures
-    are in; None: they are JPEGs."""
+    are in; None: they are JPEGs. ``has_ended``: the viewer was told that the ``clip`` goes no
+    further."""
 
     say: Say
     begun: int = 0
     made: int = 0
     shown: int = 0
     is_paused: bool = False
+    has_ended: bool = False
     h264: H264 | None = None
     wanted: ClipRequest | None = None
     change: ChangePrompt | None = None
@@ -229,7 +231,7 @@ class Generator:
     def change_prompt(self, seat: Seat, change: ChangePrompt) -> None:
         """UserError: there is no clip whose prompt could change."""
         with self._changed:
-            if seat.clip is None and seat.wanted is None:
+            if seat.wanted is None and (seat.clip is None or seat.has_ended):
                 raise UserError("nothing is playing; press start first")
             seat.change = change
 
@@ -300,7 +302,7 @@ class Generator:
                 try:
                     self._play(clip)
                 except UserError as error:
-                    self._stage.put(partial(self._tell, clip, Error(str(error))))
+                    self._stage.put(partial(self._tell, clip, Error(str(error), ended=True)))
         except BaseException as error:
             self._fail(error)
             raise
@@ -362,6 +364,8 @@ class Generator:
         def next_prompt() -> PromptChange | None:
             nonlocal change
             with self._changed:
+                if self._is_over(clip):
+                    return None  # what is wanted now is for the clip after this one
                 change, seat.change = seat.change, None
             if change is None:
                 return None
@@ -421,6 +425,7 @@ class Generator:
         """Unless the clip is over: what is said then is about another one."""
         with self._changed:
             if not self._is_over(clip):
+                clip.seat.has_ended = isinstance(reply, Ended | Error)
                 self._say_to_all(clip.seat, reply)
 
     def _say_to_all(self, seat: Seat, reply: Reply) -> None:
@@ -437,7 +442,7 @@ class Generator:
             with self._streams.reading(chunk.latents, chunk.ready):
                 pictures = as_uint8(pixels_of(clip.pixels, chunk.latents)[0]).cpu()
         except UserError as error:
-            self._tell(clip, Error(str(error)))
+            self._tell(clip, Error(str(error), ended=True))
             with self._changed:
                 clip.is_broken = True
                 self._changed.notify_all()

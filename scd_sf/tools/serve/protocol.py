@@ -224,9 +224,10 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="file"):
 
 
 class Error(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="error"):
-    """A request was refused."""
+    """A request was refused. ``ended``: the clip that was made has come to its end by it."""
 
     message: str
+    ended: bool = False
 
 
 Reply = (

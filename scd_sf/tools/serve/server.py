@@ -364,7 +364,8 @@ class Viewer:
                 "settings": self._service.record,
             }
             fps, crf = self._service.generator.maker.fps, self._service.crf
-            data = await asyncio.to_thread(as_zip, kept, fps, crf, record)
+            with foreign("the download", "look at the server's disk for temporary files"):
+                data = await asyncio.to_thread(as_zip, kept, fps, crf, record)
         except UserError as error:
             self._say(Error(str(error)))
             return

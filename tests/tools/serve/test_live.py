@@ -4,10 +4,12 @@ who is refused."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import io
 import json
+import os
 import socket
 import sys
 import threading
@@ -29,7 +31,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scd_sf.cli import serve
 from scd_sf.data.clips import read_video
-from scd_sf.generation.generate import as_uint8, generate
+from scd_sf.generation.generate import as_uint8, clip_latents, generate
 from scd_sf.generation.inputs import ChunkInput, chunk_inputs
 from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
@@ -43,6 +45,8 @@ from scd_sf.tools.serve.protocol import (
     IS_KEY,
     MOST_PICTURE,
     Busy,
+    ChangePrompt,
+    Error,
     Reply,
     Start,
 )
@@ -173,8 +177,13 @@ def test_a_start_picture(live: Live) -> None:
         assert play(page, 3) == made(live, 3, MEADOW, 1, start=start[None, None])
 
 
-def test_the_download(live: Live, tmp_path: Path) -> None:
-    """The last frames, whole chunks, and a manifest without a path of the server."""
+def test_the_download(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last frames, whole chunks, and a manifest without a path of the server; a full disk is
+    told."""
+
+    def full(*given: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with seated(live) as page:
         page.say(type="download")
         assert "nothing has been made" in page.expect("error")["message"]
@@ -189,6 +198,9 @@ def test_the_download(live: Live, tmp_path: Path) -> None:
             pass
         data = page.hear()
         assert isinstance(data, bytes) and len(data) == message["bytes"]
+        monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+        page.say(type="download")
+        assert "the download: No space left" in page.expect("error")["message"]
     archive = zipfile.ZipFile(io.BytesIO(data))
     assert archive.namelist() == ["video.mp4", "manifest.json"]
     manifest = json.loads(archive.read("manifest.json"))
@@ -826,6 +838,38 @@ def test_a_clip_ends(live: Live, overlap: bool) -> None:
         until(lambda: len(watched.said) == 4)
         assert watched.kinds() == ["Started", "Chunk", "Chunk", "Ended"]
         assert watched.frames() == made(live, 2, MEADOW, 0)
+        with pytest.raises(UserError, match="nothing is playing; press start first"):
+            generator.change_prompt(watched.seat, ChangePrompt(HALL))
+        with generator._changed:  # before the thread begins
+            watched.play(1)
+            generator.change_prompt(watched.seat, ChangePrompt(HALL))
+        until(lambda: len(watched.said) >= 8)
+        assert watched.kinds()[4:8] == ["Started", "Switched", "Chunk", "Chunk"]
+
+
+def test_a_change_is_for_the_clip_that_is_wanted(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another clip and at once another prompt, while the clip before begins its next chunk."""
+    with generating(live.maker) as generator:
+        watched = Watched(generator)
+
+        def asked(*given: Any, next_prompt: Callable[[], Any], **more: Any) -> Iterator[Any]:
+            def before_it() -> Any:
+                if len(starts) == 1:
+                    watched.play(8)
+                    generator.change_prompt(watched.seat, ChangePrompt(HALL))
+                return next_prompt()
+
+            starts.append(1)
+            return clip_latents(*given, next_prompt=before_it, **more)
+
+        starts: list[int] = []
+        monkeypatch.setattr("scd_sf.tools.serve.generator.clip_latents", asked)
+        watched.play(7)
+        until(lambda: watched.seat.made == generator.ahead)
+        assert watched.kinds()[:4] == ["Started", "Started", "Switched", "Chunk"]
+        assert watched.frames() == made(live, generator.ahead, HALL, 8)
 
 
 @pytest.mark.gpu
@@ -929,6 +973,8 @@ def test_a_fault_is_not_swallowed(live: Live) -> None:
         watched.play(1)
         until(lambda: len(watched.said) == 3 + generator.ahead)
         assert watched.kinds()[:4] == ["Started", "Error", "Started", "Chunk"]
+        error = watched.said[1][0]
+        assert isinstance(error, Error) and error.ended
     fault = RuntimeError("the decoder fails")
     gate = Gate(live.maker.decoder, 1, fault)
     gate.may_go_on.set()

@@ -11,6 +11,7 @@ const waits = [1, 2, 4, 8]; // seconds before it connects again
 let socket = null, ready = null, tries = 0, fileName = "", token = "";
 let watching = false; // watches along, or wants to: the clip is another page's
 let again = 0; // the timer until it connects again
+const WAITING = "Making the first frame ..";
 let playing = false, paused = false, hasPicture = false;
 let clip = 0; // counts the clips of this page: pictures of an earlier one are not shown
 let buffer = []; // frames that wait: {frame, chunk, bitmap (a promise)}
@@ -139,6 +140,8 @@ function hear(reply) {
   } else if (reply.type === "file") {
     fileName = reply.name;
   } else if (reply.type === "error") {
+    if (reply.ended) playing = fromCamera = false;
+    if (!playing && at("message").textContent === WAITING) message("Type a prompt and press Start.");
     said(reply.message);
   }
   buttons();
@@ -287,7 +290,7 @@ function start() {
   if (!ready || watching) return;
   const seed = Math.min(Math.max(Math.trunc(Number(at("seed").value)) || 0, 0), Number.MAX_SAFE_INTEGER);
   at("seed").value = seed;
-  if (!playing) message("Making the first frame ..");
+  if (!playing) message(WAITING);
   fromCamera = camera !== null;
   send({ type: "start", prompt: at("prompt").value, seed, picture: hasPicture && !camera, camera: fromCamera, strength: strength() });
 }
