@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -138,6 +139,7 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
     """
     with _open(source, where, remedy) as container:
         stream = _stream_of(container)
+        promised, end = _promised_seconds(stream), Fraction(0)
         num_frames, aspect = int(stream.frames), stream.sample_aspect_ratio
         reformatter = VideoReformatter()
         count, size, matrix, angle = 0, (0, 0), (1, 0, 0, 1), 0
@@ -156,6 +158,8 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
             count += 1
             base = frame.time_base
             has_time = frame.pts is not None and base is not None
+            if has_time:
+                end = max(end, (frame.pts + (frame.duration or 0)) * base)
             yield Picture(
                 partial(_upright, frame, reformatter, aspect, matrix, where),
                 frame.pts * base if has_time else None,
@@ -165,6 +169,8 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
             raise ValueError("it holds no frame")
         if count < WHOLE * num_frames:
             raise ValueError(f"{count} frames of {num_frames} can be decoded")
+        if end < WHOLE * promised:
+            raise ValueError(f"{float(end):.4g} seconds of {float(promised):.4g} can be decoded")
 
 
 def _decoded(
@@ -177,6 +183,16 @@ def _decoded(
         if says_alpha and packet.has_sidedata("matroska_block_additional"):
             raise UserError(f"{where}: {CLEAR}")
         yield from packet.decode()
+
+
+def _promised_seconds(stream: av.VideoStream) -> Fraction:
+    """Where the last frame ends, as a Matroska file says, which does not count its frames; 0 where
+    it does not say so."""
+    found = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
+    if found is None or stream.frames:
+        return Fraction(0)
+    hours, minutes, seconds = found.groups()
+    return 3600 * int(hours) + 60 * int(minutes) + Fraction(seconds)
 
 
 def _upright(

@@ -99,6 +99,16 @@ def test_resampled_by_timestamps(
     )
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_half_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [corners(), grey(9)] * 40, rate=16)
+    assert len(read(path)) == 80
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=f"{name}: .*(seconds of 5.* can be decoded|Invalid data)"):
+        read(path)
+
+
 def test_uneven_timestamps(tmp_path: Path) -> None:
     """A frame that stands for half a second is repeated; frames too close together are left out."""
     times = [0, 100, 600, 610, 620, 700, 800, 900]
