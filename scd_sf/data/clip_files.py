@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from scd_sf.files import Json, foreign, parse_json, sweep, typed, write_bytes
+from scd_sf.files import Json, foreign, parse_json, refuse_lfs_pointer, sweep, typed, write_bytes
 from scd_sf.tensor_files import FLOATS
 from scd_sf.types import UserError
 
@@ -244,6 +244,7 @@ class ClipFile:
         start = os.pread(self._descriptor, _FIRST_READ, 0)
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
         if not 0 < length <= min(_LARGEST_HEADER, size - 8):
+            refuse_lfs_pointer(self.path)
             raise UserError(f"{self.path}: {size} bytes, cut or not safetensors; {REPAIR}")
         if length > len(start) - 8:
             start = os.pread(self._descriptor, length + 8, 0)

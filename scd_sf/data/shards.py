@@ -25,6 +25,7 @@ from scd_sf.files import (
     foreign,
     others_in,
     read_typed,
+    refuse_lfs_pointer,
     safe_path,
     sha256_bytes,
     sha256_file,
@@ -89,6 +90,7 @@ class ShardReader:
             if not path.is_file():
                 raise UserError(f"{path}: listed in {where} but missing; {COPY}")
             if (size := path.stat().st_size) != shard.bytes:
+                refuse_lfs_pointer(path)
                 raise UserError(
                     f"{path}: {size} bytes instead of {shard.bytes} (truncated?); {COPY}"
                 )

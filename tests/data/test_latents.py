@@ -15,7 +15,7 @@ from torch import Tensor
 from scd_sf.data.latents import LatentClip, LatentClips, LatentWriter, epoch_order
 from scd_sf.data.prompts import Prompt, PromptSet, encode_prompts, finish_prompts
 from scd_sf.data.shards import ShardWriter
-from scd_sf.files import Json, read_json, write_json
+from scd_sf.files import LFS_POINTER, Json, read_json, write_json
 from scd_sf.types import UserError, VideoShape
 
 SHAPE = VideoShape(3, 2, 4, 4)
@@ -114,16 +114,17 @@ def test_other_shape_than_the_model_is_named(tmp_path: Path) -> None:
         LatentClips(tmp_path, expected=replace(SHAPE, spatial=16))
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "pointer"])
 def test_damaged_shards_are_named_when_opened(tmp_path: Path, damage: str) -> None:
     path = build(tmp_path) / "latents-00001.safetensors"
     if damage == "missing":
         path.unlink()
-    else:
+    elif damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        UserError, match=r"latents-00001\.safetensors: .*; copy it again, or delete"
-    ):
+    else:
+        path.write_bytes(LFS_POINTER + b".github.com/spec/v1\noid sha256:0\nsize 9\n")
+    remedy = "git lfs pull" if damage == "pointer" else "; copy it again, or delete"
+    with pytest.raises(UserError, match=rf"latents-00001\.safetensors: .*{remedy}"):
         LatentClips(tmp_path)
 
 
