@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Tensor
 
@@ -150,7 +150,7 @@ def picture_of(
     with (
         # sizes are compared below
         warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-        Image.open(file, formats=formats) as image,
+        _opened(file, formats) as image,
     ):
         if image.width * image.height > largest:
             raise UserError(
@@ -161,6 +161,14 @@ def picture_of(
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise UserError(f"{where}: holds several pictures; give one of them, or a video")
         return torch.from_numpy(_values(image, where)).permute(2, 0, 1)
+
+
+def _opened(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
+    """ValueError in words for people: Pillow's own names the object in memory."""
+    try:
+        return Image.open(file, formats=formats)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"no picture of the formats {', '.join(formats)}") from error
 
 
 def _values(image: Image.Image, where: str) -> np.ndarray:

@@ -55,6 +55,15 @@ def choose_token(host: str, wanted: str) -> str:
     return wanted or ("" if is_loopback(host) else secrets.token_urlsafe(24))
 
 
+def page_address(host: str, port: int, token: str) -> str:
+    """What to open in a browser: for a server on all addresses by the machine's name."""
+    address = _address(host)
+    if address is not None and address.is_unspecified:
+        host = socket.gethostname()
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/{f'#{token}' if token else ''}"
+
+
 def is_token(said: str, token: str) -> bool:
     """Compared in a time that does not depend on how much of it is right."""
     return hmac.compare_digest(said.encode(), token.encode())

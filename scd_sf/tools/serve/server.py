@@ -57,7 +57,15 @@ from scd_sf.tools.serve.protocol import (
     text_of,
 )
 from scd_sf.tools.serve.recording import as_zip
-from scd_sf.tools.serve.safety import Guard, Names, Rate, Sweeper, choose_token, is_token
+from scd_sf.tools.serve.safety import (
+    Guard,
+    Names,
+    Rate,
+    Sweeper,
+    choose_token,
+    is_token,
+    page_address,
+)
 from scd_sf.types import LARGEST, UserError, check_within, device_of, say
 
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
@@ -536,9 +544,9 @@ def run_server(cfg: ServeConfig) -> None:
         generator.start()
         if generator.no_h264:
             say(f"pictures are JPEGs alone: {generator.no_h264}")
-        is_own = token and not os.environ.get("SCD_SERVE_TOKEN")
-        shown_host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-        say(f"open http://{shown_host}:{port}/{f'#{token}' if is_own else ''}  (Ctrl-C ends it)")
+        is_own = not os.environ.get("SCD_SERVE_TOKEN")
+        address = page_address(cfg.host, port, token if is_own else "")
+        say(f"open {address}{'' if is_own else '#YOUR_TOKEN'}  (Ctrl-C ends it)")
         try:
             server.run(sockets=[listener])
         finally:

@@ -155,8 +155,13 @@ def test_the_page_plays_what_is_made(live: Live, browser: Browser, tmp_path: Pat
     assert download.value.suggested_filename == "scd-live-0.zip"
     assert (tmp_path / "live.zip").stat().st_size > 500
     start = tmp_path / "start.png"
+    start.write_bytes(b"no picture")
+    page.locator("#file").set_input_files(start)
+    visit.until(f"{SAID}.startsWith('the picture cannot be read')")
+    assert page.locator("#file").input_value() == "", "nor does the page say that it is chosen"
     Image.new("RGB", (64, 64), (250, 10, 10)).save(start)
     page.locator("#file").set_input_files(start)
+    assert page.locator("#start").is_disabled() or visit.ask("hasPicture"), "never without it"
     visit.until(f"{SAID}.includes('begins with the picture')")
     visit.ask("window.frames_shown.length = 0")
     page.locator("#seed").fill("5")
@@ -337,13 +342,15 @@ def test_a_second_page_watches_along(live: Live, browser: Browser) -> None:
     visit.until("window.frames_shown.length > 12")
     shown = visit.ask("window.frames_shown")
     assert shown == list(range(shown[0], shown[0] + len(shown))) and shown[0] > 0
-    assert visit.ask("document.getElementById('start').disabled")
+    assert visit.page.locator("#controls").is_hidden()
     assert visit.ask("document.documentElement.scrollWidth <= window.innerWidth")
-    viewer.until("document.getElementById('watchers').textContent === '1 watch along'")
+    viewer.until("document.getElementById('watchers').textContent === '1 watches along'")
     viewer.context.close()
     visit.until("!document.getElementById('take').hidden")
     visit.page.locator("#take").click()
     visit.until("document.body.dataset.ready === 'true'")
+    assert visit.page.locator("#download").is_disabled(), "the clip was another page's"
+    assert visit.ask("document.getElementById('frame').textContent") == "0"
     visit.ask("window.frames_shown.length = 0")
     visit.page.locator("#start").click()
     visit.until("window.frames_shown.length > 4 && window.frames_shown[0] === 0")

@@ -51,7 +51,7 @@ from scd_sf.tools.serve.protocol import (
     Start,
 )
 from scd_sf.tools.serve.recording import Recording
-from scd_sf.tools.serve.safety import Names, Rate, choose_token
+from scd_sf.tools.serve.safety import Names, Rate, choose_token, page_address
 from scd_sf.tools.serve.server import ServeConfig, start_picture
 from scd_sf.tools.serve.stage import Streams, ready
 from scd_sf.types import UserError
@@ -169,6 +169,10 @@ def test_a_start_picture(live: Live) -> None:
     with seated(live) as page:
         page.say(type="start", prompt=MEADOW, seed=1, picture=True)
         assert "no start picture" in page.expect("error")["message"]
+        page.socket.send(b"no picture")
+        assert page.expect("error")["message"] == (
+            "the picture cannot be read: no picture of the formats PNG, JPEG, WEBP; use a png, jpg or webp"
+        )
         page.socket.send(file.getvalue())
         assert page.expect("picture") == {"type": "picture", "width": 32, "height": 32}
         page.say(type="start", prompt=MEADOW, seed=1, picture=True)
@@ -664,6 +668,8 @@ def test_names_tokens_and_rates() -> None:
     assert choose_token("127.0.0.1", "") == choose_token("::1", "") == ""
     assert len(choose_token("0.0.0.0", "")) >= 32
     assert choose_token("0.0.0.0", "") != choose_token("0.0.0.0", "")
+    assert page_address("0.0.0.0", 80, "secret") == f"http://{socket.gethostname()}:80/#secret"
+    assert page_address("::1", 8000, "") == "http://[::1]:8000/"
     with pytest.raises(UserError, match="at least 16"):
         choose_token("127.0.0.1", "short")
     now = [0.0]

@@ -13,6 +13,7 @@ let watching = false; // watches along, or wants to: the clip is another page's
 let again = 0; // the timer until it connects again
 const WAITING = "Making the first frame ..";
 let playing = false, paused = false, hasPicture = false;
+let isSending = false, hasClip = false; // a start image is on its way; there is something to download
 let clip = 0; // counts the clips of this page: pictures of an earlier one are not shown
 let buffer = []; // frames that wait: {frame, chunk, bitmap (a promise)}
 let ends = new Map(); // chunk -> its last frame
@@ -55,12 +56,14 @@ function connect(watch = watching) {
     reset();
     playing = false;
     fromCamera = false;
-    hasPicture = false;
+    withoutPicture();
+    hasClip = false;
     buttons();
     const wait = waits[Math.min(tries++, waits.length - 1)];
     if (event.code === 1013 && watching) {
       message("Too many watch along. This page waits for the seat.");
       watching = false;
+      buttons();
     } else if (event.code === 1013) message("Somebody else is watching. This page tries again by itself.");
     else if (event.code === 1008 && !wasReady) {
       message("Refused: open the whole address that the server printed, with its token.");
@@ -78,8 +81,11 @@ function connectAs(watch) {
   }
   ready = null;
   reset();
-  playing = hasPicture = false;
+  playing = hasClip = false;
+  withoutPicture();
   stopCamera();
+  for (const figure of document.querySelectorAll("#figures dd")) figure.textContent = "-";
+  at("frame").textContent = "0";
   at("watch").hidden = at("take").hidden = true;
   at("watchers").textContent = "";
   message("Connecting ..");
@@ -116,10 +122,11 @@ function hear(reply) {
   } else if (reply.type === "missed") {
     said(`This page is slower than the video: ${reply.chunks} chunks were left out.`);
   } else if (reply.type === "watchers") {
-    at("watchers").textContent = reply.count ? `${reply.count} watch along` : "";
+    at("watchers").textContent = reply.count ? `${reply.count} watch${reply.count > 1 ? "" : "es"} along` : "";
   } else if (reply.type === "started") {
     reset();
     playing = true;
+    hasClip = !watching;
     message("");
     said(`seed ${reply.seed}: ${reply.prompt}`);
   } else if (reply.type === "chunk") {
@@ -136,12 +143,14 @@ function hear(reply) {
     said(`The clip is complete: ${reply.frames} frames.`);
   } else if (reply.type === "picture") {
     hasPicture = true;
+    isSending = false;
     said("The next clip begins with the picture.");
   } else if (reply.type === "file") {
     fileName = reply.name;
   } else if (reply.type === "error") {
     if (reply.ended) playing = fromCamera = false;
     if (!playing && at("message").textContent === WAITING) message("Type a prompt and press Start.");
+    if (isSending) withoutPicture();
     said(reply.message);
   }
   buttons();
@@ -275,10 +284,11 @@ function tell(now) {
 
 function buttons() {
   const mine = ready && !watching;
-  at("start").disabled = at("file").disabled = !mine;
+  at("controls").hidden = at("keys").hidden = watching;
+  at("start").disabled = at("file").disabled = !mine || isSending;
   at("start").textContent = playing && mine ? "Restart" : "Start";
   at("change").disabled = at("pause").disabled = !mine || !playing;
-  at("download").disabled = !mine || !playing && at("frame").textContent === "0";
+  at("download").disabled = !mine || !hasClip;
   at("pause").textContent = paused ? "Go on" : "Pause";
   at("without").hidden = !hasPicture;
   at("camera").disabled = !mine;
@@ -286,8 +296,13 @@ function buttons() {
   at("strengths").hidden = at("view").hidden = at("lagging").hidden = !camera;
 }
 
+function withoutPicture() {
+  hasPicture = isSending = false;
+  at("file").value = "";
+}
+
 function start() {
-  if (!ready || watching) return;
+  if (!ready || watching || isSending) return;
   const seed = Math.min(Math.max(Math.trunc(Number(at("seed").value)) || 0, 0), Number.MAX_SAFE_INTEGER);
   at("seed").value = seed;
   if (!playing) message(WAITING);
@@ -395,11 +410,17 @@ async function upload() {
   const file = at("file").files[0];
   if (!file || !ready || watching) return;
   if (file.size > ready.most_picture) {
+    withoutPicture();
+    buttons();
     said(`The picture is larger than ${ready.most_picture} bytes; choose a smaller one.`);
     return;
   }
   hasPicture = false;
-  socket.send(await file.arrayBuffer());
+  isSending = true; // until the server has answered, no clip starts without it
+  said("Sending the picture ..");
+  buttons();
+  const asked = socket, data = await file.arrayBuffer();
+  if (socket === asked) socket.send(data);
 }
 
 at("controls").addEventListener("submit", (event) => { event.preventDefault(); change(); });
@@ -412,7 +433,7 @@ at("file").addEventListener("change", upload);
 at("camera").addEventListener("click", switchCamera);
 at("strength").addEventListener("input", () => { at("level").textContent = strength(); });
 at("strength").addEventListener("change", () => { if (fromCamera) send({ type: "strength", strength: strength() }); });
-at("without").addEventListener("click", () => { hasPicture = false; at("file").value = ""; buttons(); });
+at("without").addEventListener("click", () => { withoutPicture(); buttons(); });
 at("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); change(); }
 });
