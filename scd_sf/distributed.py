@@ -204,6 +204,14 @@ def keep_freed_memory(*, one_heap: bool = False) -> None:
         mallopt(arena_max, 1)
 
 
+def release_freed_memory() -> None:
+    """Return to the kernel what glibc keeps (:func:`keep_freed_memory`). No effect on other C
+    libraries."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _set_threads(processes: int) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, processes))
     setting = os.environ.get("OMP_NUM_THREADS", "")

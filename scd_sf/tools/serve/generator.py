@@ -21,6 +21,7 @@ from torch import Tensor
 
 from scd_sf.data.start import check_start
 from scd_sf.diffusion.samplers import Sampler, first_step
+from scd_sf.distributed import release_freed_memory
 from scd_sf.generation.generate import as_uint8, clip_latents, pixels_of
 from scd_sf.generation.inputs import ChunkInput
 from scd_sf.generation.prompt_change import PromptChange
@@ -51,6 +52,7 @@ from scd_sf.types import Conditioning, UserError, VideoShape
 # a pipeline one more is on its way.
 AHEAD, AHEAD_IN_A_PIPELINE = 2, 3
 RECENT = 8  # chunks over which speeds are measured
+TRIM = 100  # chunks after which freed memory goes back to the kernel: in pieces it adds up
 
 
 @dataclass(frozen=True)
@@ -394,6 +396,8 @@ class Generator:
             seconds -= clip.waited_seconds
             chunk = ChunkLatents(latents, ready(latents), change, seconds, clip.camera)
             self._stage.put(partial(self._show, clip, chunk))
+            if seat.begun % TRIM == 0:
+                release_freed_memory()
 
     def _camera_inputs(self, clip: LiveClip, camera: Camera) -> Iterator[ChunkInput]:
         """A camera's frames, chunk by chunk as they come; pure noise when it is off. Ends where the

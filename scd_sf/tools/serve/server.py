@@ -528,9 +528,7 @@ def web_server(app: ASGIApp) -> uvicorn.Server:
 
 def run_server(cfg: ServeConfig) -> None:
     """Until Ctrl-C. UserError: what cannot be loaded or listened on."""
-    keep_freed_memory(
-        one_heap=True
-    )  # the generator's thread: 1.1 GiB grew to 2.5 GiB in 500 chunks
+    keep_freed_memory(one_heap=True)  # else the generator's thread took 2.5 GiB after 500 chunks
     token = choose_token(cfg.host, os.environ.get("SCD_SERVE_TOKEN", ""))
     listener = listen(cfg.host, cfg.port)
     with listener:
@@ -549,6 +547,8 @@ def run_server(cfg: ServeConfig) -> None:
         say(f"open {address}{'' if is_own else '#YOUR_TOKEN'}  (Ctrl-C ends it)")
         try:
             server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            say("ended")
         finally:
             generator.stop()
         if generator.failure is not None:
