@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.samplers import Euler
+from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.generation.rollout import rollout, stream_rollout
 from scd_sf.nn.kv_cache import CacheConfig
 
@@ -50,11 +51,13 @@ def test_another_prompt_from_a_chunk_on(variant: tiny.Variant) -> None:
             1,
         )  # type: ignore[arg-type]
 
-    plain, switched = roll(None), roll({2: second})
+    plain, switched = roll(None), roll({2: PromptChange(second)})
     assert torch.equal(switched[:, : 2 * n], plain[:, : 2 * n])
     assert float((switched[:, 2 * n :] - plain[:, 2 * n :]).abs().max()) > 1e-5
-    assert torch.equal(roll({1: first}), plain)
-    assert torch.equal(roll({0: second}), rollout(model, noise, second, Euler(2), zeros))
+    assert torch.equal(roll({1: PromptChange(first)}), plain)
+    assert torch.equal(
+        roll({0: PromptChange(second)}), rollout(model, noise, second, Euler(2), zeros)
+    )
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.guided import SampleGuidance
+from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.build import Student
 from scd_sf.models.replay import MOST, Replayed, cuda_recorder
 from scd_sf.nn.kv_cache import RingKVCache
@@ -81,10 +82,13 @@ def chunks(student: Student, told: Conditioning, seed: int, **options: Any) -> I
 @pytest.mark.parametrize("variant", REPLAYED, ids=str)
 def test_videos_are_the_same(variant: tiny.Variant) -> None:
     """Windows that fill and wrap, sinks that turn, other prompts and seeds on the same recordings,
-    prompts that change, two videos at once, one that is left unfinished."""
+    prompts that change, the past encoded again, two videos at once, one that is left unfinished."""
     student = tiny.student(variant, dtype=torch.float32)
     first, second = (tiny.prompts(1, seed=number, dtype=torch.float32) for number in (1, 2))
-    changed = {"changes": {2: second}}
+    again = PromptChange(Conditioning(second.text_BLE), "recache")  # it is for prompts alone
+    changed = {
+        "changes": {2: PromptChange(second)} | ({4: again} if variant.backbone == "wan" else {})
+    }
     wanted = [clips_of(chunks(student, *given)) for given in ((first, 1), (second, 2))]
     wanted.append(clips_of(chunks(student, first, 3, **changed)))
     student.replay = Replayed(record)
