@@ -88,11 +88,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(checkpoint: str, fps: int, decoder: str = "") -> Iterator[Served]:
+def served(checkpoint: str, fps: int, decoder: str = "", overlap: str = "auto") -> Iterator[Served]:
     """The command as one types it, until the end of the ``with``, where it must end by Ctrl-C.
     UserError: it does not start, or does not end."""
     command = [sys.executable, "-m", "scd_sf.cli", "serve", checkpoint, "--fps", str(fps)]
-    command += ["--port", "0", *(["--decoder", decoder] if decoder else [])]
+    command += ["--port", "0", "--overlap", overlap, *(["--decoder", decoder] if decoder else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -498,7 +498,7 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     for name, decoder in {"vae": "", "decoder": options.decoder}.items():
         if name == "decoder" and not decoder:
             continue
-        with served(options.checkpoint, options.fps, decoder) as server:
+        with served(options.checkpoint, options.fps, decoder, options.overlap) as server:
             with chromium(options.chromium) as browser:
                 page = browser.new_page(viewport={"width": 1280, "height": 800})
                 page.add_init_script(WATCH)
@@ -585,6 +585,7 @@ def main() -> None:
     parser.add_argument("--part", choices=parts, required=True, help="what is done")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, or folder of pictures")
     parser.add_argument("--fps", type=int, default=35, help="frames per second of the page")
+    parser.add_argument("--overlap", default="auto", help="of scd serve: auto, on, off (speed)")
     parser.add_argument("--decoder", default="", help="a tiny decoder, measured too (speed)")
     parser.add_argument("--seconds", type=float, default=30, help="of steady play (speed)")
     parser.add_argument("--repeats", type=int, default=5, help="starts; twice as many changes")

@@ -331,7 +331,9 @@ def serve(
     ] = 8,
     overlap: Annotated[
         str,
-        typer.Option(help="Decode a chunk while the next is made: on, off, auto (on with a GPU)."),
+        typer.Option(
+            help="Decode a chunk while the next is made: on, off, auto (on but on one core)."
+        ),
     ] = "auto",
     vae_device: Annotated[
         str, typer.Option(help="Device of the VAE, such as cuda:1; empty: the student's.")

@@ -122,7 +122,7 @@ class ServeConfig:
     watchers: int = 8
     """Pages that may watch along with the viewer; 0: none."""
     overlap: str = "auto"
-    """Decode a chunk while the next one is made: on, off, or auto: on a GPU."""
+    """Decode a chunk while the next one is made: on, off, or auto: but on one core."""
     vae_device: str = ""
     """Device of the VAE or tiny decoder, such as cuda:1; empty: that of the student."""
 
@@ -174,7 +174,7 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
         cfg.fps,
         round(cfg.keep * cfg.fps),
         cfg.quality,
-        cfg.overlap == "on" or (cfg.overlap == "auto" and "cuda" in (device.type, vae_device.type)),
+        cfg.overlap == "on" or (cfg.overlap == "auto" and len(os.sched_getaffinity(0)) > 1),
     )
     known = (
         "weights",
