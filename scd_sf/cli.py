@@ -332,7 +332,7 @@ def serve(
     overlap: Annotated[
         str,
         typer.Option(
-            help="Decode a chunk while the next is made: on, off, auto (on but on one core)."
+            help="Decode a chunk while the next is made: on, off, auto (off on one core without a GPU)."
         ),
     ] = "auto",
     vae_device: Annotated[

@@ -185,7 +185,7 @@ def make_videos(
         ranks.on_main(lambda: locks.enter_context(locked(out, "samples")))
         ranks.on_main(lambda: open_sample_folder(out, settings))
         if ranks.is_main:
-            for remark in video_generator.remarks:
+            for remark in video_generator.remarks(videos):
                 say(remark)
         make_missing(video_generator, out, ranks, videos)
         if ranks.is_main:

@@ -472,8 +472,6 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         steps = choose_steps(trained, sampler, num_inference_steps, source, force=force).build()
         shape = self.shape(num_frames or frames, height, width)
         kind = choose_guidance(guidance, guidance_scale)
-        for remark in unusual(trained, kind, shape, window, self.description.origin):
-            log.warning("%s", remark)
         states = self._states(prompt, prompt_embeds, "prompt")
         prompts, per_prompt = len(states), num_videos_per_prompt
         seeds = choose_seeds(seed, generator, prompts, per_prompt)
@@ -490,6 +488,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             log.warning("no student is trained to make videos anew (video=)")
         elif strength is not None:
             raise UserError(f"strength is {strength}, but there is no video; give video too")
+        for remark in unusual(trained, kind, shape, window, self.description.origin):
+            log.warning("%s", remark)
         whole = (len(seeds), shape.channels, shape.frames, shape.height, shape.width)
         if latents is not None and (not isinstance(latents, Tensor) or latents.shape != whole):
             own_shape = tuple(getattr(latents, "shape", ())) or type(latents).__name__

@@ -6,7 +6,7 @@ The frames come from generation/generate.py as they are decoded: memory does not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -242,7 +242,8 @@ class VideoGenerator:
     shape: VideoShape
     device: torch.device
     decoder: TinyVae | None = None
-    remarks: list[str] = field(default_factory=list)
+    trained_sampler: SamplerConfig | None = None
+    origin: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
     def negative(self) -> Conditioning:
@@ -272,6 +273,14 @@ class VideoGenerator:
         count = count_cached(Path(video.row.video), size, self.cfg.fps, where)
         frames = input_frames(count, self.cfg.frames, self.shape, self.student.chunk, where)
         return replace(self.shape, frames=1 + (frames - 1) // self.shape.temporal)
+
+    def remarks(self, videos: Sequence[VideoRequest]) -> list[str]:
+        """What ``videos`` ask of the student that it was not trained for."""
+        if not videos or self.trained_sampler is None:
+            return []
+        longest = max((self.shape_of(video) for video in videos), key=lambda shape: shape.frames)
+        cfg = self.cfg
+        return unusual(self.trained_sampler, cfg.guidance, longest, cfg.window, self.origin)
 
     def inputs(self, videos: Sequence[VideoRequest]) -> Iterator[ChunkInput] | None:
         """The batch's input video, the same for all, encoded as it is needed."""
@@ -370,9 +379,9 @@ def open_generator(
     if cfg.decoder:
         settings["decoder_sha256"] = sha256_file(decoder_file(cfg.decoder))
     compile_steps(student.to(device, dtype_of(cfg.dtype)), cfg.compile, device)
-    remarks = unusual(trained_sampler, cfg.guidance, shape, cfg.window, origin)
+    built = sampler.build()
     parts = VideoGenerator(
-        cfg, student, sampler.build(), vae, text, shape, device, decoder, remarks
+        cfg, student, built, vae, text, shape, device, decoder, trained_sampler, origin
     )
     return parts, settings
 

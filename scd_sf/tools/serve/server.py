@@ -122,7 +122,7 @@ class ServeConfig:
     watchers: int = 8
     """Pages that may watch along with the viewer; 0: none."""
     overlap: str = "auto"
-    """Decode a chunk while the next one is made: on, off, or auto: but on one core."""
+    """Decode a chunk while the next one is made: on, off, or auto (off on one core without a GPU)."""
     vae_device: str = ""
     """Device of the VAE or tiny decoder, such as cuda:1; empty: that of the student."""
 
@@ -161,6 +161,7 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
     most = LARGEST["frames"]
     if cfg.seconds:
         most = min(most, 1 + int(cfg.seconds * cfg.fps - 1) // parts.shape.temporal)
+    has_two_workers = "cuda" in (device.type, vae_device.type) or len(os.sched_getaffinity(0)) > 1
     maker = ClipMaker(
         parts.student,
         parts.sampler,
@@ -174,7 +175,7 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
         cfg.fps,
         round(cfg.keep * cfg.fps),
         cfg.quality,
-        cfg.overlap == "on" or (cfg.overlap == "auto" and len(os.sched_getaffinity(0)) > 1),
+        cfg.overlap == "on" or (cfg.overlap == "auto" and has_two_workers),
     )
     known = (
         "weights",
