@@ -169,10 +169,10 @@ def make_videos(
     checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
     video_generator, settings = open_generator(cfg, ranks.device, checkpoint)
     if any(video.row.video for video in videos):
-        settings["from_video"] = how = video_generator.input_settings()
+        settings["from_video"] = inputs = video_generator.input_settings()
         if ranks.is_main:
             say(
-                f"strength {cfg.strength:g}: begins with noise {how['noise']:.4g}, {how['steps']} of "
+                f"strength {cfg.strength:g}: begins with noise {inputs['noise']:.4g}, {inputs['steps']} of "
                 f"{video_generator.sampler.steps} steps; no student is trained to make videos anew"
             )
     ranks.on_main(lambda: check_requests(video_generator, videos))

@@ -188,10 +188,10 @@ def _decoded(
 def _promised_seconds(stream: av.VideoStream) -> Fraction:
     """Where the last frame ends, as a Matroska file says, which does not count its frames; 0 where
     it does not say so."""
-    found = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
-    if found is None or stream.frames:
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
+    if match is None or stream.frames:
         return Fraction(0)
-    hours, minutes, seconds = found.groups()
+    hours, minutes, seconds = match.groups()
     return 3600 * int(hours) + 60 * int(minutes) + Fraction(seconds)
 
 

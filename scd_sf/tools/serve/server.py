@@ -177,14 +177,8 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
         cfg.quality,
         cfg.overlap == "on" or (cfg.overlap == "auto" and has_two_workers),
     )
-    known = (
-        "weights",
-        "dtype",
-        "sampler",
-        "fps",
-        "crf",
-        "decoder_sha256",
-    )  # paths are nobody's business
+    # paths are nobody's business
+    known = ("weights", "dtype", "sampler", "fps", "crf", "decoder_sha256")
     record: Json = {name: settings[name] for name in known if name in settings}
     record |= {
         "checkpoint": path.name,

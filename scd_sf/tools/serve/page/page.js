@@ -32,12 +32,12 @@ function send(object) { if (socket && socket.readyState === WebSocket.OPEN) sock
 
 function takeToken() {
   // the fragment is never sent to a server; it leaves the address bar, too
-  const given = location.hash.slice(1);
-  if (given) {
-    sessionStorage.setItem("token", given);
+  const fragment = location.hash.slice(1);
+  if (fragment) {
+    sessionStorage.setItem("token", fragment);
     history.replaceState(null, "", location.pathname);
   }
-  token = given || sessionStorage.getItem("token") || "";
+  token = fragment || sessionStorage.getItem("token") || "";
 }
 
 function connect(watch = watching) {
