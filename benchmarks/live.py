@@ -6,14 +6,16 @@ page looks.
         --out docs/results/live.json
     python benchmarks/live.py runs/demo/stage3-scd --part page --minutes 10 --bound 100 \\
         --out docs/results/live.json
+    python benchmarks/live.py runs/demo/stage3-scd --part camera --out docs/results/live.json
     python benchmarks/live.py runs/demo/stage3-scd --part screenshots --out docs/figures
 
 Each starts the command as one types it, on a free port. `speed`: a headless Chromium plays, starts
 anew and changes the prompt, then a client without a page takes frames as fast as they come; both
-once more with `--decoder`. Needs an idle machine. `memory`: such a client starts clips, changes
-prompts, pauses, downloads, sends pictures, leaves and comes back, and the resident memory of all of
-the server's processes must not grow by more than `--bound` (exit code 1). `page`: the same of the
-page. Figures are added to the JSON file `--out`, by part, and printed as the table of the docs.
+once more with `--decoder`. `camera`: the browser's fake camera instead, at its own rate. Both need
+an idle machine. `memory`: a client without a page starts clips, changes prompts, pauses, downloads,
+sends pictures and a camera's frames, leaves and comes back, and the resident memory of all of the
+server's processes must not grow by more than `--bound` (exit code 1). `page`: the same of the page.
+Figures are added to the JSON file `--out`, by part, and printed as the table of the docs.
 `screenshots`: webp files of the page while it plays, in the folder `--out`.
 """
 
@@ -46,6 +48,7 @@ from PIL import Image
 
 from scd_sf.config import HelpFormatter
 from scd_sf.files import read_json, write_json
+from scd_sf.tools.serve.camera import HEAD, MARK
 from scd_sf.types import UserError, exit_on_user_error, say
 
 if TYPE_CHECKING:
@@ -58,6 +61,10 @@ PROMPTS = (
     "right walk: the camera turns right in a dark green meadow under a night sky",
 )
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+FAKE_CAMERA = (
+    "--use-fake-device-for-media-stream=fps=60",
+    "--use-fake-ui-for-media-stream",
+)
 REFRESH = 1 / 60  # seconds between two pictures of a screen
 MIB = 2**20
 # Every frame that is shown, and the last key that was pressed, by the page's own clock.
@@ -66,6 +73,23 @@ window.shown = []; window.pressed = 0;
 new MutationObserver(() => window.shown.push([Number(document.body.dataset.frame), performance.now()]))
   .observe(document, { attributes: true, subtree: true, attributeFilter: ["data-frame"] });
 document.addEventListener("keydown", () => { window.pressed = performance.now(); }, true);
+"""
+# When each frame of the camera is sent, and when the chunks that are made from them come.
+FILM = """
+window.filmed = {}; window.chunks = [];
+const plainSend = WebSocket.prototype.send, heard = new WeakSet();
+WebSocket.prototype.send = function (data) {
+  if (!heard.has(this)) {
+    heard.add(this);
+    this.addEventListener("message", ({ data }) => {
+      if (typeof data !== "string" || !data.includes('"camera"')) return;
+      const { type, first, frames, camera } = JSON.parse(data);
+      if (type === "chunk") window.chunks.push([first + frames - 1, camera, performance.now()]);
+    });
+  }
+  if (data instanceof Uint8Array) window.filmed[new DataView(data.buffer).getUint32(4)] = performance.now();
+  return plainSend.call(this, data);
+};
 """
 FRAME = "Number(document.body.dataset.frame)"
 SAID = "document.getElementById('said').textContent"
@@ -174,7 +198,19 @@ class Client:
         while self.take(socket) != kind:
             pass
 
-    def clip(self, socket: Any, chunks: int, end: float, *, picture: bool = False) -> None:
+    def film(self, socket: Any, frames: int) -> None:
+        """So many frames of a camera."""
+        for _ in range(frames):
+            number = self.counts.get("camera frames", 0)
+            file = io.BytesIO()
+            size = (self.welcome["width"], self.welcome["height"])
+            Image.new("RGB", size, (number % 256, 128, 0)).save(file, "JPEG")
+            socket.send(HEAD.pack(MARK, number) + file.getvalue())
+            self.count("camera frames")
+
+    def clip(
+        self, socket: Any, chunks: int, end: float, *, picture: bool = False, camera: bool = False
+    ) -> None:
         """A clip of so many chunks, or up to ``end`` of the monotonic clock: another prompt every
         10 of them, a download every 250, a pause every 400. Clips are H.264 and JPEGs in turn, where
         the server has both."""
@@ -182,11 +218,19 @@ class Client:
         prompt = PROMPTS[number % len(PROMPTS)]
         if self.welcome["h264"]:
             self.say(socket, type="codec", codec=("jpeg", "h264")[number % 2])
-        self.say(socket, type="start", prompt=prompt, seed=number, picture=picture)
+        start = {"type": "start", "prompt": prompt, "seed": number, "picture": picture}
+        if camera:
+            start |= {"camera": True, "strength": self.welcome["levels"][1]}
+        self.say(socket, **start)
         self.take_until(socket, "started")
         self.count("clips")
+        if camera:
+            self.film(socket, 24)
         for chunk in range(1, chunks + 1):
+            before = self.counts.get("frames", 0)
             self.take_until(socket, "chunk")
+            if camera:  # as many as the next one takes
+                self.film(socket, self.counts["frames"] - before + (3 if chunk == 1 else 0))
             if time.monotonic() > end:
                 return
             if chunk % 10 == 0:
@@ -321,6 +365,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
                     client.take_until(socket, "picture")
                     client.count("pictures")
                     client.clip(socket, 50, end, picture=True)
+                    client.clip(socket, 50, end, camera=True)
         finally:
             over.set()
             for thread in threads:
@@ -389,15 +434,17 @@ def measure_page(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def chromium(program: str) -> Iterator[Browser]:
-    """The system's own, headless. UserError: there is none."""
+def chromium(program: str, more: Sequence[str] = ()) -> Iterator[Browser]:
+    """The system's own, headless, with ``more`` options. UserError: there is none."""
     from playwright.sync_api import sync_playwright
 
     path = program or shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         raise UserError("no Chromium: apt-get install -y chromium, or give --chromium PROGRAM")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, headless=True, args=CHROMIUM)
+        browser = playwright.chromium.launch(
+            executable_path=path, headless=True, args=[*CHROMIUM, *more]
+        )
         try:
             yield browser
         finally:
@@ -510,6 +557,44 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def measure_camera(options: argparse.Namespace) -> dict[str, Any]:
+    """How fast a clip from the camera plays, and how old it is: from the sending of a chunk's newest
+    camera frame until the chunk comes, and until its last frame is shown."""
+    with (
+        served(options.checkpoint, options.fps, options.decoder, options.overlap) as server,
+        chromium(options.chromium, FAKE_CAMERA) as browser,
+    ):
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.add_init_script(WATCH + FILM)
+        page.goto(server.url)
+        until(page, READY)
+        page.locator("#camera").click()
+        until(page, f"{SAID}.startsWith('The next clip is made from the camera')")
+        page.locator("#prompt").fill(PROMPTS[0])
+        page.locator("#start").click()
+        until(page, f"{FRAME} >= 3 * {options.fps}")
+        page.evaluate("window.shown.length = window.chunks.length = 0")
+        sent = page.evaluate("captured")
+        page.wait_for_timeout(1000 * options.seconds)
+        sent = page.evaluate("captured") - sent
+        strength = page.evaluate("strength()")
+        shown, chunks, filmed = page.evaluate("[window.shown, window.chunks, window.filmed]")
+    times = [at for _, at in shown]
+    when = dict(shown)
+    come = [at - filmed[str(camera)] for _, camera, at in chunks]
+    seen = [when[last] - filmed[str(camera)] for last, camera, _ in chunks if last in when]
+    return {
+        "fps": options.fps,
+        "seconds": options.seconds,
+        "strength": strength,
+        "camera_fps": round(sent / options.seconds, 2),
+        "page_fps": round(1000 * (len(times) - 1) / (times[-1] - times[0]), 2),
+        "late_share": round(late_share(times, options.fps), 4),
+        "to_page_ms": [round(statistics.median(come)), round(max(come))],
+        "to_screen_ms": [round(statistics.median(seen)), round(max(seen))],
+    }
+
+
 SCREENSHOTS: dict[str, dict[str, Any]] = {
     "live_light": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"},
     "live_dark": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "dark"},
@@ -561,6 +646,19 @@ def table(part: str, figures: dict[str, Any]) -> list[str]:
                     f"| {statistics.median(switch):.2f} / {max(switch):.2f} s |"
                 )
         return lines
+    if part == "camera":
+        lines = [
+            f"| strength | camera, frames a second | page, {figures['fps']} asked | late frames "
+            "| sent to page, median / worst | sent to screen |",
+            "|---|---|---|---|---|---|",
+        ]
+        to_page, to_screen = figures["to_page_ms"], figures["to_screen_ms"]
+        lines.append(
+            f"| {figures['strength']} | {figures['camera_fps']} | {figures['page_fps']} "
+            f"| {100 * figures['late_share']:.1f} % | {to_page[0]} / {to_page[1]} ms "
+            f"| {to_screen[0]} / {to_screen[1]} ms |"
+        )
+        return lines
     lines = ["| | first | last | least | most | slope, an hour |", "|---|---|---|---|---|---|"]
     names = {
         "resident_mib": "resident, MiB",
@@ -581,13 +679,17 @@ def table(part: str, figures: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", help="what scd serve is given")
-    parts = ("speed", "memory", "page", "screenshots")
+    parts = ("speed", "camera", "memory", "page", "screenshots")
     parser.add_argument("--part", choices=parts, required=True, help="what is done")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, or folder of pictures")
     parser.add_argument("--fps", type=int, default=35, help="frames per second of the page")
-    parser.add_argument("--overlap", default="auto", help="of scd serve: auto, on, off (speed)")
-    parser.add_argument("--decoder", default="", help="a tiny decoder, measured too (speed)")
-    parser.add_argument("--seconds", type=float, default=30, help="of steady play (speed)")
+    parser.add_argument(
+        "--overlap", default="auto", help="of scd serve: auto, on, off (speed, camera)"
+    )
+    parser.add_argument(
+        "--decoder", default="", help="a tiny decoder, measured too (speed, camera)"
+    )
+    parser.add_argument("--seconds", type=float, default=30, help="of steady play (speed, camera)")
     parser.add_argument("--repeats", type=int, default=5, help="starts; twice as many changes")
     parser.add_argument("--minutes", type=float, default=60, help="how long (memory, page)")
     parser.add_argument(
@@ -599,7 +701,12 @@ def main() -> None:
         take_screenshots(options)
         return
     known = read_json(options.out, "give another --out") if options.out.exists() else {}
-    measures = {"speed": measure_speed, "memory": measure_memory, "page": measure_page}
+    measures = {
+        "speed": measure_speed,
+        "camera": measure_camera,
+        "memory": measure_memory,
+        "page": measure_page,
+    }
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     figures = measures[options.part](options)
     date = datetime.date.today().isoformat()
