@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,13 +17,17 @@ HISTORIES = ("keep", "recache", "flush")
 
 @dataclass(frozen=True)
 class PromptChange:
-    """Another prompt for the chunks to come. ``history``, what becomes of the past, whose keys and
+    """Another prompt for the chunks to come. The last finished chunk has not been encoded yet, and
+    is encoded under the new prompt. ``history``, what becomes of the past before it, whose keys and
     values were computed under the prompts before:
 
     - ``keep``: it stays as it is;
-    - ``recache``: the frames that the cache holds are encoded again under the new prompt (the KV
-      recache of LongLive, arXiv 2509.22622);
-    - ``flush``: all but the last chunk is forgotten, and that one encoded again.
+    - ``recache``: the chunks of which the cache holds a frame are encoded again under the new
+      prompt, whole (the KV recache of LongLive, arXiv 2509.22622);
+    - ``flush``: it is forgotten.
+
+    After ``recache`` and ``flush`` the clip goes on as one that begins with the frames that are
+    left.
 
     UserError: no such history, or one that is encoded again under actions, which count frames.
     """
@@ -43,13 +48,16 @@ def check_history(history: str) -> None:
 
 
 class KeptChunks:
-    """The finished chunks, as the cache keeps them: those of the sink and of the window."""
+    """The finished chunks of which the cache holds a frame, in its sink or its window, and the last
+    one, which the cache has not read yet."""
 
     def __init__(self, cache: CacheConfig | None, chunk: int, known: Iterable[Tensor] = ()) -> None:
-        window = None if cache is None else cache.window
-        self._num_sink = 0 if window is None or cache is None else -(-cache.sink // chunk)
+        self._num_sink, num_recent = 0, None
+        if cache is not None and cache.window is not None:
+            self._num_sink = math.ceil(cache.sink / chunk)
+            num_recent = math.ceil(cache.window / chunk) + 1
         self._sink: list[Tensor] = []
-        self._recent = deque[Tensor](maxlen=None if window is None else -(-window // chunk))
+        self._recent = deque[Tensor](maxlen=num_recent)
         for known_chunk in known:
             self.add(known_chunk)
 

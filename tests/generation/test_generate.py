@@ -136,7 +136,7 @@ def test_history_and_other_prompts(variant: tiny.Variant) -> None:
 @pytest.mark.parametrize("variant", [v for v in tiny.FEW if not str(v).startswith("dit")], ids=str)
 def test_the_past_is_encoded_again_or_forgotten(variant: tiny.Variant) -> None:
     """Where the prompt changes, the clip goes on as one that begins with the frames that are left:
-    all that the window and the sink hold, or the last chunk."""
+    all that the window and the sink hold, and the last chunk; or the last chunk alone."""
     prompts = [tiny.prompts(1, seed, dtype=torch.float32) for seed in (0, 5)]
     cond, other = (replace(prompt, actions_BF=None) for prompt in prompts)
     n = variant.chunk
@@ -160,7 +160,7 @@ def test_the_past_is_encoded_again_or_forgotten(variant: tiny.Variant) -> None:
             )
             return clips_of(parts)
 
-    for history, left in (("recache", [0, 3, 4]), ("flush", [4]), ("keep", None)):
+    for history, left in (("recache", [0, 2, 3, 4]), ("flush", [4]), ("keep", None)):
         changes = {5: PromptChange(other, history)}
         clip = rolled(cond, noise, prompts=changes.get)
         assert torch.equal(clip[:, : 5 * n], rolled(cond, noise[:, : 5 * n]))
