@@ -30,7 +30,7 @@ from scd_sf.data.clips import ClipSet
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.sources.pixel_frames import to_unit
 from scd_sf.distributed import Ranks, init_distributed
-from scd_sf.files import sha256_file, write_json, write_tensors
+from scd_sf.files import sha256_file, sha256_folder, write_json, write_tensors
 from scd_sf.models.tokenizers.vae_training import psnr_of_error, reconstruction
 from scd_sf.models.wan.tiny_vae import (
     TinyDecoder,
@@ -284,7 +284,8 @@ def main() -> None:
     check_batches(cfg.train, ranks, len(indices["train"]), cfg.data)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "eval_clips"))
     source = vae_source(cfg.base)
-    sha256 = sha256_file(source if source.is_file() else source / WEIGHTS)
+    file = source if source.is_file() else source / WEIGHTS
+    sha256 = sha256_file(file) if file.is_file() else sha256_folder(source)
     targets = {
         split: make_targets(
             Path(cfg.run.dir) / "targets" / split, clips[split], indices[split], vae, sha256, ranks

@@ -133,7 +133,7 @@ def check_tensors(tensors: Mapping[str, Lazy]) -> None:
         tensor.read()
 
 
-def open_tensor_folder(folder: Path, stem: str) -> dict[str, Lazy]:
+def open_tensor_folder(folder: Path, stem: str, remedy: str = AGAIN) -> dict[str, Lazy]:
     """The tensors of ``folder/stem.safetensors``, of its shards, or of a pickle of that name.
 
     The index alone decides which shard a tensor is read from. UserError where shards and index
@@ -141,16 +141,16 @@ def open_tensor_folder(folder: Path, stem: str) -> dict[str, Lazy]:
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        return _open_shards(index)
+        return _open_shards(index, remedy)
     for name in (f"{stem}.safetensors", *(f"{stem}{suffix}" for suffix in PICKLES)):
         if (folder / name).is_file():
-            return open_tensors(folder / name)
+            return open_tensors(folder / name, remedy)
     if shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
         raise UserError(
             f"{index}: missing beside {len(shards)} shards such as {shards[0].name}; only it says which shard "
             "a tensor is read from: copy it too"
         )
-    return open_tensors(folder / f"{stem}.safetensors")
+    return open_tensors(folder / f"{stem}.safetensors", remedy)
 
 
 def in_memory(tensor: Tensor, origin: str = "", dtype: torch.dtype | None = None) -> Lazy:
@@ -280,19 +280,20 @@ def _lazy_of(tensor: Tensor, name: str, file: Path) -> Lazy:
 # ------------------------------------------------------------------------------------------- shards
 
 
-def _open_shards(index: Path) -> dict[str, Lazy]:
-    places = read_typed(index, _Index, AGAIN).weight_map
+def _open_shards(index: Path, remedy: str) -> dict[str, Lazy]:
+    places = read_typed(index, _Index, remedy).weight_map
     for file in places.values():
         if Path(file).name != file:
             raise UserError(
-                f"{index}: shard name {file[:80]!r} leaves the directory; it is not read: {AGAIN}"
+                f"{index}: shard name {file[:80]!r} leaves the directory; it is not read: {remedy}"
             )
     names = sorted(set(places.values()))
     where = f"{index}: a shard's name"  # which may be a link, as in the caches of Hugging Face
     shards = {
-        name: open_tensors(safe_path(index.parent, name, where, links=True)) for name in names
+        name: open_tensors(safe_path(index.parent, name, where, links=True), remedy)
+        for name in names
     }
-    message = f"the index and its shards do not belong together: {AGAIN}"
+    message = f"the index and its shards do not belong together: {remedy}"
     for file, tensors in shards.items():
         for name in tensors:
             if name not in places:

@@ -38,14 +38,19 @@ NEUTRAL = {
 
 
 def choose_section(
-    tensors: Mapping[str, Lazy], roots: Collection[str], section: str, where: str
+    tensors: Mapping[str, Lazy],
+    roots: Collection[str],
+    section: str,
+    where: str,
+    remedy: str = "use a file that holds one alone",
 ) -> dict[str, Lazy]:
     """The tensors of one section, by names without it and without what wraps models in trainings.
 
     ``roots``: what the model's own names begin with. ``section`` decides, :data:`PLAIN` are those
     without one; else the generator's before another model's, and the moving average before the last
     weights: a warning says which of several was taken. UserError naming the sections where that
-    leaves several, as for plain tensors beside a generator's.
+    leaves several, as for plain tensors beside a generator's. Both end in ``remedy``, which says
+    how the caller's user chooses.
     """
     names = {name: without_wrappers(name) for name in tensors}
     labels = {name: _label(bare, roots) for name, bare in names.items()}
@@ -54,7 +59,7 @@ def choose_section(
     )
     if not known_labels and section:
         raise UserError(f"{where}: no weights '{section}' in it (it has none); use another file")
-    section_label = _choose_label(sorted(known_labels), section, where)
+    section_label = _choose_label(sorted(known_labels), section, where, remedy)
     result: dict[str, Lazy] = {}
     for name, bare in names.items():
         label = labels[name]
@@ -91,7 +96,7 @@ def _label(name: str, roots: Collection[str]) -> str | None:
     return None if first is None or "optim" in name else ".".join(parts[:first])
 
 
-def _choose_label(labels: list[str], section: str, where: str) -> str:
+def _choose_label(labels: list[str], section: str, where: str, remedy: str) -> str:
     if section:
         matches = [label for label in labels if label == ("" if section == PLAIN else section)]
         matches = matches or [
@@ -114,16 +119,15 @@ def _choose_label(labels: list[str], section: str, where: str) -> str:
         candidates = [label for label in candidates if _words(label) & AVERAGE] or candidates
     if len(candidates) != 1:
         names = ", ".join(map(_display_name, candidates))
-        raise UserError(
-            f"{where}: holds several sets of weights ({names}); say which with section="
-        )
+        raise UserError(f"{where}: holds several sets of weights ({names}); {remedy}")
     if len(labels) > 1:
         names = ", ".join(map(_display_name, labels))
         log.warning(
-            "%s: holds several sets of weights (%s); took %s",
+            "%s: holds several sets of weights (%s); took %s; if that is not the one, %s",
             where,
             names,
             _display_name(candidates[0]),
+            remedy,
         )
     return candidates[0]
 

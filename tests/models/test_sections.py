@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scd_sf.models.sections import choose_section
 from scd_sf.models.wan.names import ROOTS, diffusers_to_original, to_diffusers
-from scd_sf.models.wan.weights import load_wan
+from scd_sf.models.wan.weights import load_wan, read_wan_config
 from scd_sf.tensor_files import open_tensors
 from scd_sf.types import UserError
 
@@ -34,7 +34,7 @@ def nested(flat: Mapping[str, Tensor]) -> dict[str, object]:
 
 def read(file: Path, section: str = "") -> float:
     """The number that the chosen section is filled with."""
-    chosen = choose_section(open_tensors(file), ROOTS, section, str(file))
+    chosen = choose_section(open_tensors(file), ROOTS, section, str(file), "say which")
     return float(chosen[NAME].read()[0])
 
 
@@ -121,9 +121,14 @@ def test_what_was_taken_of_several_is_said(
         assert not caplog.messages
         read(file)
         assert (
-            f"{file}: holds several sets of weights (critic, generator, generator_ema); took generator_ema"
-            in caplog.text
+            f"{file}: holds several sets of weights (critic, generator, generator_ema); took "
+            "generator_ema; if that is not the one, say which" in caplog.text
         )
+    # two averages of different models
+    for file in write(tmp_path, {"ema": 1, "teacher_ema": 2}):
+        caplog.clear()
+        assert read(file) == 1
+        assert "(ema, teacher_ema); took ema; if that is not the one, say which" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,16 @@ def test_several_and_no_way_to_decide(
             UserError, match=rf"{file.name}: holds several sets of weights \({names}\); say which"
         ):
             read(file)
+
+
+def test_a_reader_without_a_section_does_not_propose_one(tmp_path: Path) -> None:
+    """As a teacher's or a critic's: the remedy is one that its user has."""
+    file = write(tmp_path, {"student": 1, "teacher": 2})[0]
+    with pytest.raises(UserError, match=r"teacher\); say which with section$"):
+        load_wan(file, section="")
+    for read_file in (load_wan, read_wan_config):
+        with pytest.raises(UserError, match=r"\); take one out with scd convert --section NAME$"):
+            read_file(file)
 
 
 def test_what_deepspeed_writes(tmp_path: Path) -> None:
@@ -184,3 +199,4 @@ def test_whole_models(tmp_path: Path) -> None:
         UserError, match=r"two\.safetensors: no weights 'critic' in it \(it has generator"
     ):
         load_wan(file, section="critic", heads=2)
+

@@ -24,13 +24,14 @@ from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import check_fit, skeleton
 from scd_sf.models.wan.hub import wan_folder
 from scd_sf.nn.layers import channels_last
-from scd_sf.tensor_files import in_memory, open_tensors, read_all
+from scd_sf.tensor_files import in_memory, open_tensor_folder, open_tensors, read_all
 from scd_sf.types import UserError, VideoShape, on_device
 
 if TYPE_CHECKING:  # seconds to import: only where a VAE is read
     from diffusers import AutoencoderKLWan
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
 ROOTS = {"encoder", "decoder", "conv1", "conv2"}  # what the names in Wan's original file begin with
 AGAIN = "copy the VAE again"
 ORIGINAL = "Wan2.1_VAE.pth"
@@ -315,11 +316,11 @@ def _read_folder(folder: Path) -> AutoencoderKLWan:
     from diffusers import AutoencoderKLWan
 
     config = _read_config(folder / "config.json")
-    tensors = open_tensors(folder / WEIGHTS, AGAIN)
+    tensors = open_tensor_folder(folder, STEM, AGAIN)
     model = skeleton(
         lambda: AutoencoderKLWan.from_config(config), tensors, folder / "config.json", AGAIN
     )
-    check_fit(model, tensors, folder / WEIGHTS, "config.json", AGAIN)
+    check_fit(model, tensors, folder, "config.json", AGAIN)
     model.load_state_dict(
         {name: tensor.float() for name, tensor in read_all(tensors).items()}, assign=True
     )

@@ -84,7 +84,7 @@ def transformer_dir(path: Path) -> Path:
 def open_wan(
     path: Path,
     *,
-    section: str = "",
+    section: str | None = None,
     heads: int = 0,
     like: WanConfig | None = None,
     any_heads: bool = False,
@@ -93,14 +93,20 @@ def open_wan(
     yet.
 
     ``path``: a directory in either layout, or one file. ``section`` picks a part of a training
-    checkpoint (empty: its EMA generator, else its generator; see sections.py). A file alone does
-    not say how many attention ``heads`` it has (the rest of the geometry follows from the shapes):
-    0 takes those of ``like`` if that is as wide, or those of the released models of this width.
+    checkpoint (empty: its EMA generator, else its generator; see sections.py); None where the
+    caller's user can name neither it nor ``heads``, so that errors propose ``scd convert``. A file
+    alone does not say how many attention ``heads`` it has (the rest of the geometry follows from
+    the shapes): 0 takes those of ``like`` if that is as wide, or those of the released models of this width.
     UserError where nothing says it, unless ``any_heads``.
     """
     where = path if path.is_file() else transformer_dir(path)
     all_tensors = open_tensors(path) if path.is_file() else open_tensor_folder(where, STEM)
-    tensors = choose_section(all_tensors, ROOTS, section, str(where))
+    remedy = (
+        "take one out with scd convert --section NAME"
+        if section is None
+        else "say which with section"
+    )
+    tensors = choose_section(all_tensors, ROOTS, section or "", str(where), remedy)
     for name, tensor in tensors.items():
         if not tensor.meta.is_floating_point():
             raise UserError(
@@ -115,9 +121,14 @@ def open_wan(
         }
         config, heads_from = config_from_shapes(shapes, heads, path, like)
         if heads_from == "unknown" and not any_heads:
+            remedy = (
+                "make a directory that says it with scd convert --heads N"
+                if section is None
+                else "say it with heads (a released Wan's widths are known)"
+            )
             raise UserError(
                 f"{path}: a file of width {config.width} does not say how many attention heads it has; "
-                "say it with heads (a released Wan's widths are known), or give the directory with its config.json"
+                f"{remedy}, or give the directory with its config.json"
             )
     else:
         config, _ = read_config(where / "config.json")
@@ -153,7 +164,7 @@ def load_wan(
     path: Path,
     dtype: torch.dtype = torch.float32,
     *,
-    section: str = "",
+    section: str | None = None,
     heads: int = 0,
     like: WanConfig | None = None,
 ) -> Wan:

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
+from scd_sf.models.wan.components import copy_components
 from scd_sf.models.wan.vae import ORIGINAL, load_vae, vae_source
 from scd_sf.types import UserError
 
@@ -183,11 +184,19 @@ def test_the_original_file_computes_what_its_own_layers_do(tmp_path: Path) -> No
 
 
 def test_which_vae_a_directory_has(tmp_path: Path) -> None:
-    """A vae/ beside the original file is read; it is the same VAE."""
+    """A vae/ beside the original file is read; it is the same VAE. Its weights may be shards, and
+    are then copied as such."""
     torch.save(random_state(4), tmp_path / ORIGINAL)
     assert vae_source(tmp_path) == vae_source(tmp_path / ORIGINAL) == tmp_path / ORIGINAL
-    load_vae(tmp_path).model.save_pretrained(tmp_path / "vae")
+    original = load_vae(tmp_path).model
+    original.save_pretrained(tmp_path / "vae", max_shard_size="100KB")
     assert vae_source(tmp_path) == tmp_path / "vae"
+    assert len(list((tmp_path / "vae").glob("*-of-*.safetensors"))) > 1
+    (tmp_path / "copy").mkdir()
+    copy_components(tmp_path, tmp_path / "copy")
+    for folder in (tmp_path, tmp_path / "copy"):
+        state = load_vae(folder).model.state_dict()
+        assert all(torch.equal(state[name], t) for name, t in original.state_dict().items())
     (tmp_path / ORIGINAL).unlink()
     shutil.rmtree(tmp_path / "vae")
     with pytest.raises(
