@@ -336,23 +336,56 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def finite_json(value: Mapping[str, object], where: str | Path, remedy: str) -> str:
-    """Indented JSON of measured numbers. UserError: one is NaN or infinite, which is no JSON
-    number."""
+NOT_FINITE = "nothing is written: find out what it was computed from"
+
+
+def finite_json(
+    value: Mapping[str, object],
+    where: str | Path,
+    remedy: str = NOT_FINITE,
+    *,
+    indent: int | None = 2,
+) -> str:
+    """JSON and a line feed; ``indent`` None: on one line. UserError naming the field that is NaN or
+    infinite: JSON has no such number, and other readers refuse the whole file."""
     try:
-        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
-        raise UserError(f"{where}: a figure is NaN or infinite; {remedy}") from error
+        field = _non_finite_field(value)
+        raise UserError(
+            f"{where}: '{field}' is NaN or infinite, which is no JSON; {remedy}"
+        ) from error
+
+
+def _non_finite_field(value: object) -> str | None:
+    """The dotted name of the first number in a tree that is NaN or infinite ("" for the tree
+    itself); None if all are finite."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    parts: Iterable[tuple[object, object]] = ()
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    for name, part in parts:
+        field = _non_finite_field(part)
+        if field is not None:
+            return f"{name}.{field}" if field else str(name)
+    return None
 
 
 def write_json(path: Path, value: Mapping[str, object], *, durable: bool = True) -> None:
-    """Write indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable)
+    """Write indented JSON atomically. UserError as :func:`finite_json`; a number that may be
+    missing is None, JSON's null."""
+    write_text(path, finite_json(value, path), durable=durable)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Write JSON lines atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write JSON lines atomically. UserError as :func:`finite_json`, naming the line."""
+    lines = [
+        finite_json(row, f"{path}:{number}", indent=None) for number, row in enumerate(rows, 1)
+    ]
+    write_text(path, "".join(lines))
 
 
 def write_tensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import stat
 import subprocess
@@ -33,6 +34,8 @@ from scd_sf.files import (
     read_jsonl,
     require_own_folder,
     typed,
+    write_json,
+    write_jsonl,
     write_tensors,
     write_text,
 )
@@ -308,6 +311,20 @@ def test_a_folder_of_others_is_known(tmp_path: Path) -> None:
 def test_json_of_others_is_bounded(text: str) -> None:
     with pytest.raises(UserError, match=r"^f: not JSON .*; fix it$"):
         parse_json(text, "f", "fix it")
+
+
+def test_what_is_no_json_is_not_written(tmp_path: Path) -> None:
+    """A file with NaN in it is refused by our own readers, by jq and by browsers. What is there
+    stays."""
+    file, rows = tmp_path / "a.json", tmp_path / "a.jsonl"
+    write_json(file, {"a": 1.5, "b": None})
+    write_jsonl(rows, [{"a": "1 \u2028"}, {"b": [1]}])
+    with pytest.raises(UserError, match=r"a\.json: 'b\.1\.c' is NaN or infinite, which is no JSON; "):
+        write_json(file, {"a": 1.0, "b": ({}, {"c": math.nan})})
+    with pytest.raises(UserError, match=r"a\.jsonl:2: 'x' is NaN or infinite"):
+        write_jsonl(rows, [{}, {"x": -math.inf}])
+    assert read_json(file, "fix it") == {"a": 1.5, "b": None}
+    assert read_jsonl(rows, "fix it") == [{"a": "1 \u2028"}, {"b": [1]}]
 
 
 @dataclass
