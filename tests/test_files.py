@@ -319,7 +319,9 @@ def test_what_is_no_json_is_not_written(tmp_path: Path) -> None:
     file, rows = tmp_path / "a.json", tmp_path / "a.jsonl"
     write_json(file, {"a": 1.5, "b": None})
     write_jsonl(rows, [{"a": "1 \u2028"}, {"b": [1]}])
-    with pytest.raises(UserError, match=r"a\.json: 'b\.1\.c' is NaN or infinite, which is no JSON; "):
+    with pytest.raises(
+        UserError, match=r"a\.json: 'b\.1\.c' is NaN or infinite, which is no JSON; "
+    ):
         write_json(file, {"a": 1.0, "b": ({}, {"c": math.nan})})
     with pytest.raises(UserError, match=r"a\.jsonl:2: 'x' is NaN or infinite"):
         write_jsonl(rows, [{}, {"x": -math.inf}])

@@ -199,4 +199,3 @@ def test_whole_models(tmp_path: Path) -> None:
         UserError, match=r"two\.safetensors: no weights 'critic' in it \(it has generator"
     ):
         load_wan(file, section="critic", heads=2)
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -15,34 +16,39 @@ from torch.nn.functional import scaled_dot_product_attention
 from scd_sf.checkpoint import git_revision, versions
 from scd_sf.evaluation.roofline import synchronize
 from scd_sf.tools.gpu.parts import Figures, GpuRow
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
-# Dense bf16 with fp32 sums, TFLOP/s, from the makers' data sheets; the longest name that fits
-# counts.
+# Dense bf16 with fp32 sums, TFLOP/s, from the makers' data sheets. Names without SAME's words.
 PEAKS = {
     "B200": 2250.0,
+    "GH200": 989.0,
     "H200": 989.0,
+    "H200 NVL": 835.0,
     "H100": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "A100": 312.0,
+    "A100 PCIe": 312.0,
     "A800": 312.0,
+    "A800 PCIe": 312.0,
     "L40S": 362.0,
     "L40": 181.0,
     "RTX 6000 Ada": 364.0,
     "RTX 5090": 209.5,
     "RTX 4090": 165.2,
     "A40": 149.7,
-    "A6000": 154.8,
+    "RTX A6000": 154.8,
     "RTX 3090": 71.0,
     "A10": 125.0,
     "L4": 121.0,
 }
+# Words of a GPU's name that do not change its peak. All others do: Laptop, D, Ti, MIG 1g.10gb ..
+SAME = re.compile(r"NVIDIA|Tesla|GeForce|Generation|SXM\d*|\d+GB|HBM\w*|Active", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Card:
-    """``gib`` of memory; ``peak_tflops`` 0 where nobody says."""
+    """``gib`` of memory; ``peak_tflops`` 0 where :data:`PEAKS` does not have the GPU."""
 
     device: torch.device
     name: str
@@ -56,7 +62,8 @@ class Card:
 
 
 def open_card(device: str) -> Card:
-    """The current GPU, or the CPU if ``device`` is cpu. UserError where there is no GPU."""
+    """The current GPU, or the CPU if ``device`` is cpu. Says where the GPU's peak is unknown.
+    UserError where there is no GPU."""
     if device == "cpu":
         torch.set_num_threads(1)
         return Card(
@@ -67,13 +74,18 @@ def open_card(device: str) -> Card:
             "no CUDA GPU here (nvidia-smi says why); --device cpu --out FILE tries the code at toy size"
         )
     facts = torch.cuda.get_device_properties(0)
-    known_names = sorted((name for name in PEAKS if name in facts.name), key=len)
-    return Card(
-        torch.device("cuda", 0),
-        facts.name,
-        facts.total_memory / 2**30,
-        PEAKS[known_names[-1]] if known_names else 0.0,
-    )
+    peak_tflops = peak_of(facts.name)
+    if not peak_tflops:
+        say(f"{facts.name}: its data sheet's peak is not in our list, so no MFU is computed")
+    return Card(torch.device("cuda", 0), facts.name, facts.total_memory / 2**30, peak_tflops)
+
+
+def peak_of(name: str) -> float:
+    """TFLOP/s of a GPU by the name that its driver gives; 0 unless :data:`PEAKS` has that very
+    name but for words in :data:`SAME`."""
+    words = [word for word in re.split(r"[\s-]+", name) if word and not SAME.fullmatch(word)]
+    peaks = {known.lower(): peak for known, peak in PEAKS.items()}
+    return peaks.get(" ".join(words).lower(), 0.0)
 
 
 def machine(card: Card) -> Figures:

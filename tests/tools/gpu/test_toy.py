@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from recipe_runner import ROOT, load_script
 
 from scd_sf.tools.gpu import chain, equality, speed, training
-from scd_sf.tools.gpu.card import PEAKS, Card, open_card, speed_row
+from scd_sf.tools.gpu.card import Card, open_card, speed_row
 from scd_sf.tools.plan.budget import GIB
 from scd_sf.types import UserError
 
@@ -141,7 +142,37 @@ def test_speed_at_toy_size() -> None:
     ]
     assert speed.config(gpu, 3, 2, "graphs").compile.cuda_graphs
     assert speed_row(card).measure()["lines"][0]["copy GB/s"] > 0
-    assert PEAKS["H100"] == 989.0
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("A100-PCIE-40GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA RTX 6000 Ada Generation", 364.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0.0),
+        ("NVIDIA GeForce RTX 4090 D", 0.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 0.0),
+        ("NVIDIA A10G", 0.0),
+        ("NVIDIA RTX A4000", 0.0),
+        ("NVIDIA GB200", 0.0),
+    ],
+)
+def test_the_peak_is_that_of_the_very_gpu(
+    name: str, peak: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that has another one in it is another GPU; that its peak is unknown is said."""
+    facts = SimpleNamespace(name=name, total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    card = open_card("cuda")
+    assert (card.peak_tflops, card.name, card.gib) == (peak, name, 16.0)
+    assert ("not in our list" in capsys.readouterr().out) == (peak == 0.0)
 
 
 def toy_job(stage: int) -> tuple[Any, Card]:
