@@ -56,10 +56,14 @@ def test_accumulation(batch: int, micro: int, world: int, expected: int) -> None
 
 
 def test_accumulation_must_divide() -> None:
-    with pytest.raises(
-        UserError, match=r"global_batch is 64, not a multiple of 3 processes x .* 2; use .*=66"
+    """With what would: with 3 processes no micro-batch does."""
+    for arguments, remedy in (
+        ((64, 2, 3), "use global_batch=66, or another number of processes"),
+        ((24, 5, 4), "use global_batch=20, micro_batch=3, or another number of processes"),
     ):
-        accumulation(64, 2, 3)
+        fault = f"is {arguments[0]}, not a multiple of {arguments[2]} processes x micro_batch"
+        with pytest.raises(UserError, match=f"{fault} {arguments[1]}; {remedy}$"):
+            accumulation(*arguments)
     with pytest.raises(UserError, match="must be at least 1"):
         accumulation(8, 0, 1)
 

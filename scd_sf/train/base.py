@@ -192,17 +192,22 @@ def whole_fp32_masters(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
-    """Micro-batches per update. Raises UserError unless world * micro_batch divides
-    global_batch."""
+    """Micro-batches per update. Raises UserError unless world * micro_batch divides global_batch:
+    it names the largest smaller micro_batch that does, where there is one."""
     if min(global_batch, micro_batch, world) < 1:
         raise UserError(
             f"global_batch {global_batch} and micro_batch {micro_batch} must be at least 1"
         )
     if global_batch % (micro_batch * world):
+        smaller = ""
+        if global_batch % world == 0:
+            sizes = range(micro_batch, 0, -1)
+            size = next(size for size in sizes if global_batch % (size * world) == 0)
+            smaller = f"micro_batch={size}, "
         raise UserError(
             f"global_batch is {global_batch}, not a multiple of {world} processes x micro_batch "
             f"{micro_batch}; use global_batch={_nearest(global_batch, micro_batch * world)}, "
-            "another micro_batch, or another number of processes"
+            f"{smaller}or another number of processes"
         )
     return global_batch // (micro_batch * world)
 
