@@ -1,8 +1,10 @@
 """Someone's own folder of videos and its captions, only read.
 
-A caption is a row of a table (``metadata.csv``, ``metadata.jsonl``, ``captions.csv`` or
-``captions.jsonl`` in the folder, or a file elsewhere), else the text of ``NAME.txt`` beside the
-video ``NAME.mp4``, else one text for all. In a table the file is ``file``, ``file_name``, ``video``,
+A caption is a row of a table (``metadata.csv``, ``metadata.jsonl``, ``metadata.json``,
+``captions.csv`` or ``captions.jsonl`` in the folder, or a file elsewhere), else the text of
+``NAME.txt`` beside the video ``NAME.mp4``, else one text for all. A table may also be two lists
+that belong together line by line: the files in ``videos.txt``, the captions in ``prompts.txt``
+(or ``prompt``, ``caption``, ``captions``) beside it. In a table the file is ``file``, ``file_name``, ``video``,
 ``video_path`` or ``path``, relative to the folder, and the caption is ``caption``, ``prompt`` or
 ``text``; ``split``, ``place``, ``motion`` and ``held_out_caption`` are optional. Columns of a csv are
 separated by commas, semicolons or tabs. So the layouts of diffusion-pipe, musubi-tuner, DiffSynth
@@ -31,7 +33,10 @@ from scd_sf.types import UserError, printable
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts")
 OTHER_VIDEOS = (".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ogv", ".vob", ".rm", ".webp")
-TABLES = ("metadata.csv", "metadata.jsonl", "captions.csv", "captions.jsonl")
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.json", "captions.csv", "captions.jsonl")
+# Of a table of two lists: the files, and their captions.
+FILE_LISTS = ("videos.txt", "video.txt")
+CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 FILE_KEYS = ("file", "file_name", "video", "video_path", "path")
 CAPTION_KEYS = ("caption", "prompt", "text")
 TAGS = ("place", "motion", "held_out_caption")
@@ -41,6 +46,7 @@ CAPTION_BYTES = 2**16
 SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 FIRST_LINE = 'its first line is like "file,caption", then one line per video'
 CORRECT = 'correct it; rows are like {"file": "a.mp4", "caption": "..."}'
+Rows = list[tuple[int | str, Mapping[str, object]]]  # a row's place in its table, and its values
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def read_video_folder(root: Path, table: Path | None = None, caption: str = "") 
     )
     others[".txt"] = max(0, texts)
     if table is not None and table.parent == root:
-        others[_suffix(table.name)] -= 1
+        others[_suffix(table.name)] -= 2 if table.name in FILE_LISTS else 1
     return VideoFolder(
         videos,
         sorted(refused, key=lambda part: part.name),
@@ -165,6 +171,9 @@ def _fault_of_place(path: Path, home: str, name: str = "") -> str:
 
 def _own_table(root: Path) -> Path | None:
     tables = [root / name for name in TABLES if (root / name).is_file()]
+    lists = [root / name for name in FILE_LISTS if (root / name).is_file()]
+    if any((root / name).is_file() for name in CAPTION_LISTS):  # else they are captions themselves
+        tables += lists
     if len(tables) > 1:
         names = " and ".join(table.name for table in tables)
         raise UserError(f"{root}: has {names}; choose one with --captions")
@@ -217,15 +226,27 @@ def _decoded(path: Path, limit: int | None = None) -> str:
 def read_captions(
     table: Path, root: Path
 ) -> tuple[dict[str, CaptionedVideo], list[Refused], list[str]]:
-    """Videos by file of a table (csv or jsonl), rows that are refused, and notes for people.
+    """Videos by file of a table (csv, json, jsonl, or a list of files with one of captions beside
+    it), rows that are refused, and notes for people.
 
     UserError naming the line: it cannot be parsed, has no file or caption under a known name, or a
     file is listed twice.
     """
     kind = table.suffix.lower()
-    if kind not in (".csv", ".jsonl", ".ndjson"):
-        raise UserError(f"{table}: captions are read from .csv and .jsonl; use one of them")
-    rows = _csv_rows(table) if kind == ".csv" else _jsonl_rows(table)
+    readers = {
+        ".csv": _csv_rows,
+        ".json": _json_rows,
+        ".jsonl": _jsonl_rows,
+        ".ndjson": _jsonl_rows,
+    }
+    if table.name in FILE_LISTS:
+        rows = _list_rows(table)
+    elif kind in readers:
+        rows = readers[kind](table)
+    else:
+        raise UserError(
+            f"{table}: captions are read from .csv, .json, .jsonl and videos.txt; use one of them"
+        )
     if not rows:
         raise UserError(f"{table}: no row; {FIRST_LINE if kind == '.csv' else CORRECT}")
     unread: Counter[str] = Counter()
@@ -308,8 +329,43 @@ def _as_stored(path: Path) -> Path:
     return next((form for form in (path, *forms) if os.path.lexists(form)), path)
 
 
-def _jsonl_rows(table: Path) -> list[tuple[int, Mapping[str, object]]]:
-    rows: list[tuple[int, Mapping[str, object]]] = []
+def _list_rows(table: Path) -> Rows:
+    """The files of a list, with the captions of the list beside it. UserError: none or several
+    beside it, a link that leaves the folder, other numbers of lines."""
+    folder = table.parent
+    captions = [folder / name for name in CAPTION_LISTS if os.path.lexists(folder / name)]
+    if len(captions) != 1:
+        names = " and ".join(file.name for file in captions) or "no list of captions"
+        raise UserError(f"{table}: has {names} beside it; keep one, prompts.txt")
+    for file in (table, captions[0]):
+        if fault := _fault_of_place(file, os.path.realpath(folder)):
+            raise UserError(f"{file}: {fault}")
+    files, texts = (lines_of(_decoded(file)) for file in (table, captions[0]))
+    if len(files) != len(texts):
+        raise UserError(
+            f"{captions[0]}: has {len(texts)} lines, {table.name} has {len(files)}; write one line for "
+            "each video"
+        )
+    pairs = enumerate(zip(files, texts, strict=True), 1)
+    return [
+        (number, {"file": file, "caption": text})
+        for number, (file, text) in pairs
+        if file.strip() or text.strip()
+    ]
+
+
+def _json_rows(table: Path) -> Rows:
+    rows = parse_json(_decoded(table), table, CORRECT)
+    if not isinstance(rows, list):
+        raise UserError(f"{table}: not a JSON list of rows; {CORRECT}")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{table}:row {number}: not a JSON object; {CORRECT}")
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _jsonl_rows(table: Path) -> Rows:
+    rows: Rows = []
     for number, line in enumerate(lines_of(_decoded(table)), 1):
         if not line.strip():
             continue
@@ -320,13 +376,13 @@ def _jsonl_rows(table: Path) -> list[tuple[int, Mapping[str, object]]]:
     return rows
 
 
-def _csv_rows(table: Path) -> list[tuple[int, Mapping[str, object]]]:
+def _csv_rows(table: Path) -> Rows:
     text = _decoded(table)
     head = text.partition("\n")[0]
     mark = next((mark for mark in MARKS if mark in head), ",")
     lines = (f"{line}\n" for line in lines_of(text))
     reader = csv.reader(csv_lines(lines), delimiter=mark, strict=True)
-    rows: list[tuple[int, Mapping[str, object]]] = []
+    rows: Rows = []
     try:
         names = [name.strip().lower() for name in csv_fields(next(reader, []))]
         if doubled := [name for name, count in Counter(names).items() if count > 1 and name]:

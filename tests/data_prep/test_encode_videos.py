@@ -387,6 +387,12 @@ def test_a_videos_clips_are_in_one_split_whatever_its_name(tmp_path: Path) -> No
 
 TABLES: dict[str, tuple[str, str, str]] = {
     "DiffSynth": ("metadata.csv", "video,prompt\na.mp4,left\nb c.mp4,\"right, then\n left\"\n", ""),
+    "DiffSynth json": (
+        "metadata.json",
+        '[{"video": "a.mp4", "prompt": "left"}, {"video": "b c.mp4", "prompt": "right"}]',
+        "",
+    ),
+    "finetrainers": ("videos.txt", "a.mp4\nb c.mp4\n", ""),
     "HF": ("metadata.jsonl", '{"file_name": "a.mp4", "text": "left"}\n', "b c.mp4"),
     "musubi": ("captions.jsonl", '{"video_path": "./a.mp4", "caption": "left", "width": 3}\n', "b c.mp4"),
     "old": ("captions.jsonl", '{"file": "a.mp4", "caption": "left", "split": "val", "place": "hall"}\n', "b c.mp4"),
@@ -399,11 +405,16 @@ def test_tables_of_captions(tmp_path: Path, name: str) -> None:
     for video in ("a.mp4", "b c.mp4"):
         (tmp_path / video).write_bytes(b"x")
     (tmp_path / file).write_text(text)
+    if name == "finetrainers":
+        (tmp_path / "prompts.txt").write_text(" left \r\nright\r\n")
     folder = read_video_folder(tmp_path)
     captions = {video.file: video.caption for video in folder.videos}
     assert captions["a.mp4"] == "left" and [part.name for part in folder.refused] == (
         [without] if without else []
     )
+    assert not folder.other_files
+    if not without and name != "DiffSynth":
+        assert captions["b c.mp4"] == "right"
     if name == "DiffSynth":
         assert captions["b c.mp4"] == "right, then left"
     if name == "musubi":
@@ -418,6 +429,42 @@ def test_tables_of_captions(tmp_path: Path, name: str) -> None:
     (tmp_path / "captions.csv").write_text("file,caption\na.mp4,x\n")
     with pytest.raises(UserError, match="choose one with --captions"):
         read_video_folder(tmp_path)
+
+
+def test_tables_of_other_trainers_that_are_refused(tmp_path: Path) -> None:
+    """Lists of different lengths, two of captions, a list that is a link out of the folder, JSON
+    that is no list. Rows that leave the folder are left out, as in other tables."""
+    videos, root = tmp_path / "v" / "videos.txt", tmp_path / "v"
+    root.mkdir()
+    (root / "a.mp4").write_bytes(b"x")
+    videos.write_text("../v/a.mp4\n/etc/passwd\na.mp4\n\n")
+    (root / "prompts.txt").write_text("x\ny\nz\n\n")
+    folder = read_video_folder(root)
+    assert [video.caption for video in folder.videos] == ["z"]
+    assert [part.name for part in folder.refused] == ["../v/a.mp4", "/etc/passwd"]
+    (root / "prompts.txt").write_text("x\ny\n")
+    with pytest.raises(UserError, match=r"prompts\.txt: has 2 lines, videos\.txt has 4; write one"):
+        read_video_folder(root)
+    (root / "caption.txt").write_text("x\n")
+    with pytest.raises(UserError, match=r"has prompts\.txt and caption\.txt beside it; keep one"):
+        read_video_folder(root)
+    (root / "prompts.txt").unlink()
+    (root / "caption.txt").rename(tmp_path / "secret")
+    (root / "caption.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"caption\.txt: is a link that leaves the folder"):
+        read_video_folder(root)
+    (root / "caption.txt").unlink()  # videos.txt alone is no table
+    assert [part.name for part in read_video_folder(root).refused] == ["a.mp4"]
+    table = root / "metadata.json"
+    for text, fault in (
+        ('{"a.mp4": "x"}', "not a JSON list of rows; "),
+        ("[1]", ":row 1: not a JSON object; "),
+        ('[{"video": "a.mp4"}]', ":row 1: has none of caption, prompt, text; "),
+        ("[" * 10**5, "not JSON"),
+    ):
+        table.write_text(text)
+        with pytest.raises(UserError, match=rf"metadata\.json:? ?{fault}"):
+            read_video_folder(root)
 
 
 def _refused(root: Path, csv: str) -> str:

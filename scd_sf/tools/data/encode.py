@@ -108,8 +108,9 @@ def encode(
 
     CLIPS is a folder as you have it: any names, subfolders, sizes, lengths and frame rates, turned
     or not, with sound. Nothing is written into it. The caption of a.mp4 is its row in metadata.csv,
-    metadata.jsonl, captions.csv or captions.jsonl (file, file_name, video, video_path or path;
-    caption, prompt or text; perhaps split), else the text of a.txt, else --caption. Videos are
+    metadata.jsonl, metadata.json, captions.csv or captions.jsonl (file, file_name, video,
+    video_path or path; caption, prompt or text; perhaps split), or its line in prompts.txt beside
+    videos.txt, else the text of a.txt, else --caption. Videos are
     resampled by their timestamps to --fps, cut into clips of --frames, scaled and cropped to
     --size. All clips of a video are in one split, chosen by the hash of its contents. What is too
     short, broken or without caption is left out and listed.
