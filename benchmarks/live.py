@@ -67,6 +67,7 @@ FAKE_CAMERA = (
 )
 REFRESH = 1 / 60  # seconds between two pictures of a screen
 MIB = 2**20
+SAMPLE = 5.0  # seconds between two samples of memory
 # Every frame that is shown, and the last key that was pressed, by the page's own clock.
 WATCH = """
 window.shown = []; window.pressed = 0;
@@ -143,6 +144,7 @@ class Client:
     Counts what it has done."""
 
     port: int
+    patience: float = 120  # seconds for a message
     counts: dict[str, int] = field(default_factory=dict)
     welcome: dict[str, Any] = field(default_factory=dict)  # what the server said first
 
@@ -178,15 +180,15 @@ class Client:
     def take(self, socket: Any) -> str:
         """The next message with what belongs to it; a chunk is acknowledged. Returns its type.
         UserError: the server refused something."""
-        message = json.loads(socket.recv(timeout=120))
+        message = json.loads(socket.recv(timeout=self.patience))
         if message["type"] == "chunk":
             for _ in range(message["frames"]):
-                socket.recv(timeout=120)
+                socket.recv(timeout=self.patience)
             self.say(socket, type="shown", chunk=message["chunk"])
             self.count("chunks")
             self.count("frames", message["frames"])
         elif message["type"] == "file":
-            if len(socket.recv(timeout=120)) != message["bytes"]:
+            if len(socket.recv(timeout=self.patience)) != message["bytes"]:
                 raise UserError(f"{message['name']} has another size than the server said")
             self.count("downloads")
         elif message["type"] == "error":
@@ -199,8 +201,9 @@ class Client:
             pass
 
     def film(self, socket: Any, frames: int) -> None:
-        """So many frames of a camera."""
+        """So many frames of a camera, at the model's rate: of faster ones the server leaves some out."""
         for _ in range(frames):
+            time.sleep(1 / self.welcome["fps"])
             number = self.counts.get("camera frames", 0)
             file = io.BytesIO()
             size = (self.welcome["width"], self.welcome["height"])
@@ -225,7 +228,7 @@ class Client:
         self.take_until(socket, "started")
         self.count("clips")
         if camera:
-            self.film(socket, 24)
+            self.film(socket, 12)
         for chunk in range(1, chunks + 1):
             before = self.counts.get("frames", 0)
             self.take_until(socket, "chunk")
@@ -335,7 +338,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         start = time.monotonic()
 
         def sample() -> None:
-            while not over.wait(5):
+            while not over.wait(SAMPLE):
                 process = server.process
                 samples.add(
                     time.monotonic() - start,
@@ -347,7 +350,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
                     now = samples.values["resident_mib"][-1]
                     say(f"{samples.seconds[-1] / 60:.0f} min: {now:.1f} MiB, {client.counts}")
 
-        watcher = Client(server.port)
+        watcher = Client(server.port, patience=5)
         threads = [
             threading.Thread(target=sample, daemon=True),
             threading.Thread(target=watcher.watch, args=[over.is_set], daemon=True),
@@ -393,7 +396,7 @@ def measure_page(options: argparse.Namespace) -> dict[str, Any]:
         start_clip(page, PROMPTS[0])
         start, ticks, frames = time.monotonic(), 0, 0
         while (now := time.monotonic() - start) < duration:
-            page.wait_for_timeout(5000)
+            page.wait_for_timeout(1000 * SAMPLE)
             ticks += 1
             frame = page.evaluate(FRAME)
             if ticks % 12 == 0:

@@ -359,10 +359,10 @@ function stopCamera() {
   buttons();
 }
 
-// a frame of the camera, cropped at the middle to the model's size; none while the last one is still on its way
+// a frame of the camera, cropped at the middle to the model's size
 function sendFrame() {
   const view = at("view");
-  if (!ready || !camera || !fromCamera || paused || isCapturing || socket.bufferedAmount > UNSENT || view.readyState < 2) return;
+  if (!ready || !camera || !fromCamera || paused || socket.bufferedAmount > UNSENT || view.readyState < 2) return;
   const scale = Math.max(ready.width / view.videoWidth, ready.height / view.videoHeight);
   const width = ready.width / scale, height = ready.height / scale;
   capture.width = ready.width;
@@ -384,10 +384,10 @@ function sendFrame() {
   }, "image/jpeg", 0.85);
 }
 
-// at the model's rate, by the clock: a timer alone drifts
+// at the model's rate, by the clock: a timer alone drifts; late rather than not at all where the last one is still encoded
 function captureFrames(next = performance.now()) {
   const now = performance.now();
-  if (now >= next) {
+  if (now >= next && !isCapturing) {
     sendFrame();
     next = Math.max(next + 1000 / (ready ? ready.fps : 16), now - 100);
   }
