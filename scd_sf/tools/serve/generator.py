@@ -45,7 +45,7 @@ from scd_sf.tools.serve.protocol import (
     frame_of,
 )
 from scd_sf.tools.serve.recording import KeptClip, Recording
-from scd_sf.tools.serve.stage import Stage, Streams, ready
+from scd_sf.tools.serve.stage import Moment, Stage, Streams, moment
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 # Chunks that may be begun before the first of them was shown: one is shown, one is ready, and in
@@ -143,14 +143,16 @@ class LiveClip:
 
 @dataclass(frozen=True)
 class ChunkLatents:
-    """Latents (1, n, C, H, W) on their way to the second stage: when they are ``ready``, another
-    prompt that holds from them on, if there is one, the seconds that they took, and the camera's
-    newest frame in them, as in :class:`LiveClip`."""
+    """Latents (1, n, C, H, W) on their way to the second stage: the moments at which their making
+    ``began`` and they are ``ready``, the seconds of that in which a camera was ``waited`` for, another
+    prompt that holds from them on, if there is one, and the camera's newest frame in them, as in
+    :class:`LiveClip`."""
 
     latents: Tensor
-    ready: torch.cuda.Event | None
+    began: Moment
+    ready: Moment
+    waited: float
     change: ChangePrompt | None
-    seconds: float
     camera: tuple[int, float] | None
 
 
@@ -387,14 +389,13 @@ class Generator:
             inputs=None if request.camera is None else self._camera_inputs(clip, request.camera),
         )
         while self._may_begin(clip):
-            began = time.monotonic()
+            began = moment(maker.device)
             latents = next(chunks, None)
             if latents is None:
                 self._stage.put(lambda: self._tell(clip, Ended(clip.num_frames)))
                 return
-            seconds = time.monotonic() - began
-            seconds -= clip.waited_seconds
-            chunk = ChunkLatents(latents, ready(latents), change, seconds, clip.camera)
+            waited, now = clip.waited_seconds, moment(maker.device)
+            chunk = ChunkLatents(latents, began, now, waited, change, clip.camera)
             self._stage.put(partial(self._show, clip, chunk))
             if seat.begun % TRIM == 0:
                 release_freed_memory()
@@ -441,6 +442,7 @@ class Generator:
         seat, stream = clip.seat, clip.seat.h264
         if self._is_over(clip):
             return
+        chunk.ready.wait()
         began = time.monotonic()
         try:
             with self._streams.reading(chunk.latents, chunk.ready):
@@ -455,7 +457,8 @@ class Generator:
         jpegs = self._jpegs(pictures) if needs_jpegs else []
         sent = jpegs if stream is None else [stream.encode(picture) for picture in pictures]
         now = time.monotonic()
-        clip.speeds.add(len(pictures), chunk.seconds, now - began)
+        seconds = chunk.ready.since(chunk.began) - chunk.waited
+        clip.speeds.add(len(pictures), seconds, now - began)
         clip.first_seconds = clip.first_seconds or now - clip.request.since
         with self._changed:
             if self._is_over(clip):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -83,22 +85,43 @@ class Streams:
             stream.wait_stream(torch.cuda.current_stream(device))
 
     @contextmanager
-    def reading(self, tensor: Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:
-        """What the thread does inside runs on the streams, after ``ready`` (of :func:`ready`);
-        the memory of ``tensor`` stays until it has run."""
+    def reading(self, tensor: Tensor, ready: Moment) -> Iterator[None]:
+        """What the thread does inside runs on the streams, after ``ready``; the memory of
+        ``tensor`` stays until it has run."""
         with ExitStack() as stack:
             for stream in self._streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
-            if ready is not None and tensor.device in self._streams:
-                self._streams[tensor.device].wait_event(ready)
+            if ready.event is not None and tensor.device in self._streams:
+                self._streams[tensor.device].wait_event(ready.event)
                 tensor.record_stream(self._streams[tensor.device])
             yield
 
 
-def ready(tensor: Tensor) -> torch.cuda.Event | None:
-    """The moment at which this thread's GPU has made ``tensor``; None on a CPU."""
-    if tensor.device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(tensor.device))
-    return event
+@dataclass(frozen=True)
+class Moment:
+    """How far a device's work had come. ``clock``: monotonic seconds at which this was asked;
+    ``event``: recorded on the thread's stream of a GPU; None on a CPU, which does at once what it is
+    told."""
+
+    clock: float
+    event: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Returns when the device has come so far."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds that the device took from an earlier moment; both were waited for."""
+        if self.event is None or earlier.event is None:
+            return self.clock - earlier.clock
+        return float(earlier.event.elapsed_time(self.event)) / 1000
+
+
+def moment(device: torch.device) -> Moment:
+    """Now, on this thread's stream of the device."""
+    if device.type != "cuda":
+        return Moment(time.monotonic())
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return Moment(time.monotonic(), event)

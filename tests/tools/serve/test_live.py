@@ -53,7 +53,7 @@ from scd_sf.tools.serve.protocol import (
 from scd_sf.tools.serve.recording import Recording
 from scd_sf.tools.serve.safety import Names, Rate, choose_token, page_address
 from scd_sf.tools.serve.server import ServeConfig, start_picture
-from scd_sf.tools.serve.stage import Streams, ready
+from scd_sf.tools.serve.stage import Moment, Streams, moment
 from scd_sf.types import UserError
 
 MEADOW, HALL = "left in meadow", "right in hall"
@@ -923,7 +923,7 @@ def test_streams_wait_for_what_they_read(monkeypatch: pytest.MonkeyPatch) -> Non
     streams = Streams(torch.device("cuda"), torch.device("cuda", 0), torch.device("cuda", 1))
     assert calls == [f"cuda:{index} after the cuda:{index} of others" for index in (0, 1)]
     calls.clear()
-    with streams.reading(Latents(), "the latents"):  # type: ignore[arg-type]
+    with streams.reading(Latents(), Moment(0, "the latents")):  # type: ignore[arg-type]
         calls.append("decode")
     assert calls == [
         "on cuda:0",
@@ -934,8 +934,35 @@ def test_streams_wait_for_what_they_read(monkeypatch: pytest.MonkeyPatch) -> Non
         "off cuda:1",
         "off cuda:0",
     ]
-    with Streams(torch.device("cpu")).reading(torch.zeros(1), ready(torch.zeros(1))):
+    with Streams(torch.device("cpu")).reading(torch.zeros(1), Moment(0)):
         pass
+
+
+def test_seconds_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU those between two events of its stream, for which one waits; on a CPU those of the
+    clock. No GPU is here."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            calls.append(stream)
+
+        def synchronize(self) -> None:
+            calls.append("waited")
+
+        def elapsed_time(self, later: Event) -> float:
+            return 250.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    began, ended = moment(torch.device("cuda", 1)), moment(torch.device("cuda", 1))
+    ended.wait()
+    assert ended.since(began) == 0.25 and calls == ["stream of cuda:1"] * 2 + ["waited"]
+    Moment(1.0).wait()
+    assert Moment(3.0).since(Moment(1.0)) == 2.0
 
 
 def test_a_chunk_is_decoded_while_the_next_one_is_made(live: Live) -> None:
