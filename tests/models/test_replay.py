@@ -7,6 +7,7 @@ A tape stands for the CUDA graph (tests/tape.py).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.build import Student
-from scd_sf.models.replay import MOST, Replayed, cuda_recorder
+from scd_sf.models.replay import MOST, MOST_SIZES, Replayed, cuda_recorder
 from scd_sf.nn.kv_cache import RingKVCache
 from scd_sf.types import Conditioning, UserError
 
@@ -78,6 +79,38 @@ def test_guidance_history_and_no_window() -> None:
     for _ in range(2):
         for given, video in zip(options, wanted, strict=True):
             assert torch.equal(clips_of(chunks(student, first, 1, **given)), video)
+
+
+def test_old_sizes_are_forgotten() -> None:
+    """Histories and recordings are kept of the sizes that were begun last. Videos of a size that
+    comes back, and one that was begun before its size was forgotten, are the same."""
+    student = tiny.student(tiny.FEW[0], dtype=torch.float32)
+    first = tiny.prompts(1, seed=1, dtype=torch.float32)
+    sizes = [
+        {"window": window * student.chunk, "sink": sink * student.chunk}
+        for window in (1, 2, 3)
+        for sink in (0, 1)
+    ]
+    assert len(sizes) > MOST_SIZES + 1
+    wanted = [clips_of(chunks(student, first, 1, **size)) for size in sizes]
+    few, replayed = Replayed(record), Replayed(record)
+    student.replay = few
+    for size in sizes[-MOST_SIZES:]:
+        clips_of(chunks(student, first, 1, **size))
+    student.replay = replayed
+    begun = chunks(student, first, 1, **sizes[0])
+    parts = [next(begun)]
+    for size, video in zip(sizes, wanted, strict=True):
+        assert torch.equal(clips_of(chunks(student, first, 1, **size)), video)
+    assert list(replayed._sizes) == list(few._sizes) and len(few._sizes) == MOST_SIZES
+    assert replayed._places.keys() == few._places.keys()
+    assert len(replayed._recordings) == len(few._recordings)  # of other histories
+    assert torch.equal(clips_of([*parts, *begun]), wanted[0])
+    for _ in range(2):  # the newest ones are not recorded again
+        count = len(replayed._recordings)
+        assert torch.equal(clips_of(chunks(student, first, 1, **sizes[-1])), wanted[-1])
+        assert len(replayed._recordings) == count
+    assert torch.equal(clips_of(chunks(student, first, 1, **sizes[0])), wanted[0])
 
 
 def test_what_did_not_change_is_not_copied_and_a_history_too_long_is_refused() -> None:
@@ -189,14 +222,18 @@ def test_recorded_on_the_models_own_gpu_and_one_stream(monkeypatch: pytest.Monke
         def wait_stream(self, other: object) -> None:
             gpus.seen.append("waits")
 
-    graph = SimpleNamespace(replay=lambda: None)
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    pools = itertools.count()
     stand_ins = {
         "device": gpus.on_device,
         "stream": gpus.on_stream,
         "graph": gpus.graph,
         "Stream": Stream,
-        "CUDAGraph": lambda: graph,
-        "graph_pool_handle": lambda: ("pool", gpus.device),
+        "CUDAGraph": Graph,
+        "graph_pool_handle": lambda: ("pool", gpus.device, next(pools)),
         "current_stream": lambda: SimpleNamespace(
             wait_stream=lambda other: gpus.seen.append("is waited for")
         ),
@@ -204,10 +241,12 @@ def test_recorded_on_the_models_own_gpu_and_one_stream(monkeypatch: pytest.Monke
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     recorder = cuda_recorder(torch.device("cuda", 3))
-    once = ["waits", 31, 31, ("graph", ("pool", 3), "thread_local"), 31, "is waited for"]
-    for _ in range(2):
-        recorder(lambda: gpus.seen.append(gpus.streams[-1]))
+    replays = [recorder(lambda: gpus.seen.append(gpus.streams[-1]))[0] for _ in range(2)]
+    once = ["waits", 31, 31, ("graph", ("pool", 3, 1), "thread_local"), 31, "is waited for"]
     assert gpus.seen == once * 2 and made == [31] and gpus.streams == [0]
+    replays.clear()  # a pool ends with its last graph
+    recorder(lambda: None)
+    assert gpus.seen[-2] == ("graph", ("pool", 3, 2), "thread_local")
 
     def fail() -> None:
         raise RuntimeError("no memory")
