@@ -52,7 +52,7 @@ def test_a_critic_that_learns_from_the_students_rollouts(chain: Chain, tmp_path:
     """``critic_data=student``: another run than with rollouts of the critic's own, as exact after a
     kill."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ["critic_data=student", "critic_warmup=1"]
+    more = ["critic_data=student", "critic_warmup=2", "reuse=2"]
     recipe_runner.succeed(SCRIPTS["stage3"], *chain.stage3(whole), *more)
     rows, own = tiny_run.metrics(whole), tiny_run.metrics(chain.root / "stage3")
     assert all(
