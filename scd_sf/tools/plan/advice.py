@@ -83,7 +83,10 @@ def command_line(steps: Sequence[Advice]) -> str:
 
 
 def _helps(change: JobChange, new: Budget, old: Budget) -> bool:
-    """Whether a GPU needs less; or no more, and the machine less work and memory."""
+    """Whether a GPU needs less; or no more, and the machine less work and memory. Never where the
+    machine's memory is then too small (offload)."""
+    if not new.host_fits and new.host > old.host:
+        return False
     noise = NOISE if change.new_activations else 0.0
     return new.peak < (1 - noise) * old.peak or (
         new.peak < (1 + noise) * old.peak and new.host < old.host and new.flops < old.flops

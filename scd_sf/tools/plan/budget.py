@@ -34,7 +34,7 @@ TABLES_GIB = 2 * LIMIT / GIB  # rotary positions and masks that are kept
 @dataclass(frozen=True)
 class Cluster:
     """``gpu_mem`` GiB each; ``mfu``: the share of ``peak_tflops`` (dense bf16) that is expected to
-    be used."""
+    be used. ``host_mem``: GiB of main memory in each node (0: unknown, so nothing is checked)."""
 
     nodes: int = 1
     gpus_per_node: int = 8
@@ -42,6 +42,7 @@ class Cluster:
     peak_tflops: float = 989.0
     mfu: float = 0.45
     on_gpu: bool = True
+    host_mem: float = 0.0
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus_per_node < 1:
@@ -53,6 +54,8 @@ class Cluster:
             raise UserError(
                 "--gpu-mem and --peak-tflops must be above 0 and finite, --mfu in (0, 1]"
             )
+        if not 0 <= self.host_mem < math.inf:
+            raise UserError(f"--host-mem is {self.host_mem}; give the GiB of a machine, 0: unknown")
 
     @property
     def world(self) -> int:
@@ -98,8 +101,14 @@ class Budget:
         return self.peak / GIB * (1 + SLACK) + TABLES_GIB + CONTEXT_GIB
 
     @property
+    def host_fits(self) -> bool:
+        """Whether a node's processes have the main memory that they take; true where that is
+        unknown."""
+        return not self.cluster.host_mem or self.node_host / GIB <= self.cluster.host_mem
+
+    @property
     def fits(self) -> bool:
-        return self.needed_gib <= self.cluster.gpu_mem
+        return self.needed_gib <= self.cluster.gpu_mem and self.host_fits
 
     @property
     def flops(self) -> float:
@@ -145,6 +154,11 @@ class Budget:
             12 * math.ceil(self.counts[role] / self.cluster.world) for role in trained_roles
         )
         return student + self.offloaded + max(start, shares + (1 + self.job.averages) * student)
+
+    @property
+    def node_host(self) -> int:
+        """Host memory of all processes of a node at their peak."""
+        return self.cluster.gpus_per_node * self.host
 
     @property
     def checkpoint(self) -> int:

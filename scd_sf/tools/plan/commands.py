@@ -28,6 +28,9 @@ def plan(
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs (processes) in each.")] = 8,
     gpu_mem: Annotated[float, typer.Option(help="GiB of each.")] = 80.0,
+    host_mem: Annotated[
+        float, typer.Option(help="GiB of main memory of each machine; 0: not checked.")
+    ] = 0.0,
     peak_tflops: Annotated[
         float, typer.Option(help="Dense bf16 peak of each; 989 is an H100's.")
     ] = 989.0,
@@ -57,7 +60,7 @@ def plan(
         "counting a step on the meta device; a full-size stage takes about half a minute",
         sys.stderr,
     )
-    cluster = Cluster(nodes, gpus_per_node, gpu_mem, peak_tflops, mfu)
+    cluster = Cluster(nodes, gpus_per_node, gpu_mem, peak_tflops, mfu, host_mem=host_mem)
     result = budget(
         read_job(
             files,

@@ -31,7 +31,7 @@ def lines(budget: Budget, changes: list[Advice]) -> Iterator[str]:
     yield (
         f"per GPU: {budget.peak / GIB:.1f} GiB at the worst moment; with {TABLES_GIB:g} GiB of tables, {SLACK:.0%} "
         f"of allocator slack and {CONTEXT_GIB} GiB of CUDA (estimates) {budget.needed_gib:.1f} of "
-        f"{cluster.gpu_mem:g} GiB: {'fits' if budget.fits else 'DOES NOT FIT'}"
+        f"{cluster.gpu_mem:g} GiB: {_fits(budget.needed_gib <= cluster.gpu_mem)}"
     )
     if job.stage == 3:
         yield f"of these the rollout's K/V: {budget.cache_bytes() / GIB:.2f} GiB per GPU"
@@ -40,9 +40,10 @@ def lines(budget: Budget, changes: list[Advice]) -> Iterator[str]:
             f"of these the text encoder: {budget.memory[TEXT].weights / GIB:.1f} GiB on every GPU, as the prompts are "
             "a list; prompts that were encoded before (data_prep/encode_prompts.py) need none"
         )
-    per_node = budget.host * cluster.gpus_per_node / GIB
+    of_node = f" of {cluster.host_mem:g} GiB: {_fits(budget.host_fits)}" if cluster.host_mem else ""
     yield (
-        f"host memory: {budget.host / GIB:.1f} GiB per process, {per_node:.0f} GiB per node, while starting or saving"
+        f"host memory (an estimate): {budget.host / GIB:.1f} GiB per process while starting or saving, "
+        f"{budget.node_host / GIB:.1f} per node{of_node}"
     )
     keep = job.cfg.train.keep
     yield (
@@ -77,7 +78,12 @@ def lines(budget: Budget, changes: list[Advice]) -> Iterator[str]:
             f"process, {best.seconds * job.cfg.train.steps / 3600:,.1f} h (an estimate)"
         )
     elif not budget.fits:
-        yield "no change of the configuration is enough: more GPUs (--nodes), or GPUs with more memory"
+        kind = "GPUs" if budget.host_fits else "machines"
+        yield f"no change of the configuration is enough: more GPUs (--nodes), or {kind} with more memory"
+
+
+def _fits(fits: bool) -> str:
+    return "fits" if fits else "DOES NOT FIT"
 
 
 def as_json(budget: Budget, changes: list[Advice]) -> dict[str, object]:
@@ -108,6 +114,8 @@ def as_json(budget: Budget, changes: list[Advice]) -> dict[str, object]:
         "fits": budget.fits,
         "cache": budget.cache_bytes() if job.stage == 3 else 0,
         "host_per_process": budget.host,
+        "host_per_node": budget.node_host,
+        "host_fits": budget.host_fits if cluster.host_mem else None,
         "checkpoint": budget.checkpoint,
         "disk": budget.disk,
         "clip": {"latents": latents, "text_at_most": text},

@@ -25,6 +25,7 @@ from scd_sf.tools.plan.budget import GIB, Budget, Cluster, budget
 from scd_sf.tools.plan.engines import frozen_memory, trained_memory
 from scd_sf.tools.plan.job import PlanJob, read_job
 from scd_sf.tools.plan.meter import Meter
+from scd_sf.tools.plan.report import lines
 from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
@@ -101,6 +102,29 @@ def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
     changes = advice(budget(partitioned, Cluster(1, 2, gpu_mem=0.1)))
     assert all(vars(step.plan.job.cfg)["engine"].zero_stage == 3 for step in changes)
     assert changes and not any("backend" in step.change.text for step in changes)
+
+
+def test_the_memory_of_the_machine_is_checked_where_it_is_known() -> None:
+    """Two processes with and without their states there: offload is advised only where it fits."""
+    plain = budget(tiny_job("engine={zero_stage: 2, bucket: 1000, dtype: bf16}"), Cluster(1, 2))
+    tight = dataclasses.replace(plain.cluster, gpu_mem=0.1)
+    roomy = advice(budget(plain.job, tight, plain.phases))
+    assert any("engine.offload=true" in step.change.overrides for step in roomy)
+    offloaded = roomy[-1].plan
+    assert offloaded.node_host == 2 * offloaded.host > plain.node_host
+    between = (plain.node_host + offloaded.node_host) / 2 / GIB
+    cramped = budget(plain.job, dataclasses.replace(tight, host_mem=between), plain.phases)
+    steps = advice(cramped)
+    assert steps and not any("engine.offload=true" in step.change.overrides for step in steps)
+    assert all(step.plan.host_fits for step in steps)
+    small = dataclasses.replace(plain.cluster, host_mem=plain.node_host / GIB / 2)
+    found = budget(plain.job, small, plain.phases)
+    assert plain.fits and not found.fits and not found.host_fits
+    text = "\n".join(lines(found, advice(found)))
+    assert f"of {plain.cluster.gpu_mem:g} GiB: fits" in text and "or machines with more" in text
+    assert f"per node of {small.host_mem:g} GiB: DOES NOT FIT" in text
+    with pytest.raises(UserError, match="--host-mem is -1"):
+        Cluster(host_mem=-1)
 
 
 def assert_helps(plan: Budget, steps: list[Advice]) -> None:
