@@ -357,6 +357,9 @@ def _row(path: Path, where: str, row: Mapping[str, object], column: str) -> Prom
                 f"{where}: 'then' has {_excerpt(change)}; it must be [pixel frame >= 1, prompt]"
             )
         changes.append((frame, text.strip()))
+    frames = [frame for frame, _ in changes]
+    if twice := [frame for frame in frames if frames.count(frame) > 1]:
+        raise UserError(f"{where}: 'then' has two prompts from frame {twice[0]} on; give one")
     uuid, held_out = row.get("uuid") or "", row.get("held_out") or False
     if not isinstance(uuid, str):
         raise UserError(f"{where}: 'uuid' is {_excerpt(uuid)}; it must be a text")

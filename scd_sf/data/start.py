@@ -78,8 +78,21 @@ def picture_pixels(picture: object, size: tuple[int, int], where: str) -> Tensor
     ``picture``: a PIL image, an array (H, W, 3) or a tensor (3, H, W), uint8 or float in [0, 1].
     UserError for anything else, and for transparent parts.
     """
+    return _fit(_in_memory(picture, where), size, where)
+
+
+def check_picture(picture: object, size: tuple[int, int], where: str) -> None:
+    """The UserError that :func:`picture_pixels` would have, without its work."""
+    from scd_sf.data.sources.video_reader import check_crop
+
+    height, width = _in_memory(picture, where).shape[-2:]
+    check_crop(height, width, *size, where)
+
+
+def _in_memory(picture: object, where: str) -> Tensor:
+    """(3, H, W) in [0, 1] of a picture in memory."""
     if isinstance(picture, Image.Image):
-        return _fit(torch.from_numpy(_values(picture, where)).permute(2, 0, 1), size, where)
+        return torch.from_numpy(_values(picture, where)).permute(2, 0, 1)
     if isinstance(picture, np.ndarray):
         with foreign(where, "give uint8, or float in [0, 1]"):
             pixels = torch.from_numpy(np.ascontiguousarray(picture))
@@ -101,7 +114,7 @@ def picture_pixels(picture: object, size: tuple[int, int], where: str) -> Tensor
         raise UserError(
             f"{where}: its values are {pixels.min():g} to {pixels.max():g}; give float in [0, 1]"
         )
-    return _fit(pixels, size, where)
+    return pixels
 
 
 def _fit(pixels_3HW: Tensor, size: tuple[int, int], where: str) -> Tensor:

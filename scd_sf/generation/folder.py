@@ -21,7 +21,7 @@ from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
 from scd_sf.generation.compile import CompileConfig
-from scd_sf.generation.request import check_later
+from scd_sf.generation.request import check_changes
 from scd_sf.generation.sampling import (
     EXTRAS,
     SampleConfig,
@@ -172,7 +172,7 @@ def make_videos(
         settings["from_video"] = inputs = video_generator.input_settings()
         if ranks.is_main:
             say(
-                f"strength {cfg.strength:g}: begins with noise {inputs['noise']:.4g}, {inputs['steps']} of "
+                f"strength {inputs['strength']:.4g}: begins with noise {inputs['noise']:.4g}, {inputs['steps']} of "
                 f"{video_generator.sampler.steps} steps; no student is trained to make videos anew"
             )
     ranks.on_main(lambda: check_requests(video_generator, videos))
@@ -193,11 +193,13 @@ def make_videos(
 
 
 def check_requests(video_generator: VideoGenerator, videos: Sequence[VideoRequest]) -> None:
-    """UserError for an input video that cannot be used and for a prompt after the clip's end."""
+    """UserError for a start file or an input video that cannot be used, and for a later prompt that
+    would not be seen."""
     for video in videos:
         shape = video_generator.shape_of(video)
-        for frame, _ in video.row.then:
-            check_later(frame, shape)
+        frames = [frame for frame, _ in video.row.then]
+        num_known = video_generator.known_frames(video)
+        check_changes(frames, shape, video_generator.student.chunk, num_known)
 
 
 def make_missing(

@@ -173,10 +173,7 @@ def generate_latents(
     """
     if len(seeds) != cond.batch:
         raise UserError(f"{cond.batch} conditions but {len(seeds)} seeds; give one seed for each")
-    if window and window < student.chunk:
-        raise UserError(
-            f"window is {window}, but the model makes {student.chunk} latent frames at a time; use no less"
-        )
+    check_window(window, sink, student.chunk)
     frames, *size = shape
     num_known = 0 if history is None else history.shape[1]
     noise = ClipNoise(seeds, cond.text_BLE.device)
@@ -247,6 +244,20 @@ def first_chunk(pixel_frame: int, temporal: int, chunk: int, num_known: int = 0)
     """
     latent = math.ceil((pixel_frame - 1) / temporal) + 1 if pixel_frame > 0 else 0
     return max(0, math.ceil((latent - num_known) / chunk))
+
+
+def first_frame(latent: int, temporal: int) -> int:
+    """The first pixel frame of latent frame ``latent``, both counted from 0."""
+    return 1 + (latent - 1) * temporal if latent else 0
+
+
+def check_window(window: int, sink: int, chunk: int) -> None:
+    """UserError for a history that no student with ``chunk`` can have."""
+    CacheConfig.sampling(window, sink, 1)
+    if window and window < chunk:
+        raise UserError(
+            f"window is {window}, but the model makes {chunk} latent frames at a time; use no less"
+        )
 
 
 def as_stored(cond: Conditioning) -> Conditioning:

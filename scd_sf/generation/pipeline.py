@@ -14,6 +14,7 @@ knows diffusers' own classes alone, refuses it with an error that names this cla
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,18 +31,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scd_sf.data.start import check_start
 from scd_sf.diffusion.samplers import OnStep, first_step
 from scd_sf.files import new_folder, write_json
-from scd_sf.generation.generate import clip_latents, clips_of, decoded
+from scd_sf.generation.generate import check_window, clip_latents, clips_of, decoded
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.inputs import chunk_inputs
-from scd_sf.generation.prompt_change import PromptChange, check_history
+from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.generation.request import (
-    STRENGTH,
-    check_later,
+    check_changes,
+    check_past,
+    check_strength,
     check_whole,
     choose_guidance,
     choose_seeds,
     choose_shape,
     choose_steps,
+    choose_strength,
     input_frames,
     start_pixels,
     unusual,
@@ -282,12 +285,14 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         _onto_device(self.text_encoder)
         return self._text.encode(prompts).to(self._execution_device).text_BLE
 
-    def _states(self, text: Prompts | None, embeds: Tensor | None, name: str) -> Tensor:
-        """(P, L, E) of prompts, or of states of at most L tokens."""
+    def _checked(
+        self, text: Prompts | None, embeds: Tensor | None, name: str
+    ) -> list[str] | Tensor:
+        """P texts, or their states (P, at most L, E). UserError: neither, or of another kind."""
         if (text is None) == (embeds is None):
             raise UserError(f"set one of {name} and {name}_embeds")
         if text is not None:
-            return self._encode(_texts(text, name))
+            return _texts(text, name)
         assert embeds is not None
         length, width = self._text.max_length, self._text.width
         if not isinstance(embeds, Tensor) or not embeds.is_floating_point() or not embeds.numel():
@@ -296,7 +301,14 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             raise UserError(
                 f"{name}_embeds has shape {tuple(embeds.shape)}; it must be (prompts, at most {length}, {width})"
             )
-        padded = nn.functional.pad(embeds, (0, 0, 0, length - embeds.shape[1]))
+        return embeds
+
+    def _states(self, text: Prompts | None, embeds: Tensor | None, name: str) -> Tensor:
+        """(P, L, E) of prompts, or of states of at most L tokens."""
+        given = self._checked(text, embeds, name)
+        if not isinstance(given, Tensor):
+            return self._encode(given)
+        padded = nn.functional.pad(given, (0, 0, 0, self._text.max_length - given.shape[1]))
         return padded.to(self._execution_device, torch.float32)
 
     def _null(
@@ -312,12 +324,12 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             return self._encode([""]) if guidance.on else None  # by corruption, which asks for one
         if text is None and embeds is None:
             text = ""
-        states = self._states(text, embeds, "negative_prompt")
-        if len(states) not in (1, prompts):
+        count = len(self._checked(text, embeds, "negative_prompt"))
+        if count not in (1, prompts):
             raise UserError(
-                f"{prompts} prompts but {len(states)} negative prompts; give one, or one for each"
+                f"{prompts} prompts but {count} negative prompts; give one, or one for each"
             )
-        return states.expand(prompts, -1, -1)
+        return self._states(text, embeds, "negative_prompt").expand(prompts, -1, -1)
 
     def _known(
         self, image: object, start: object, prompts: int, shape: VideoShape
@@ -335,26 +347,32 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         check_start(latent_frames, self.transformer.chunk, shape, name)
         return pixels
 
-    def _changes(
-        self, then: Later, history: str, shape: VideoShape, prompts: int, per_prompt: int
-    ) -> dict[int, PromptChange]:
-        """Conditions of B rows from pixel frames on."""
-        check_history(history)
-        changes = {}
+    def _later(
+        self, then: Later, shape: VideoShape, prompts: int, known_frames: int
+    ) -> dict[int, list[str]]:
+        """A prompt for each of the P clips, by the pixel frame from which on it holds. UserError:
+        what is no prompt, or would not be seen."""
         try:
-            pairs = sorted(dict(then).items())
+            pairs = sorted(dict(then).items(), key=operator.itemgetter(0))
         except (TypeError, ValueError) as error:
             raise UserError("then: give {pixel frame: prompt}, or pairs of these") from error
         if len(pairs) != len(then):
             raise UserError("then: gives two prompts from the same frame on; give one")
-        for frame, text in pairs:
+        for frame, _ in pairs:
             if type(frame) is not int or frame < 1:
                 raise UserError(f"then: {frame!r} is no pixel frame; give a whole number from 1 on")
-            check_later(frame, shape)
-            states = self._encode(_texts(text, "then", prompts))
-            cond = Conditioning(states.repeat_interleave(per_prompt, 0))
-            changes[frame] = PromptChange(cond, history)
-        return changes
+        check_changes([frame for frame, _ in pairs], shape, self.transformer.chunk, known_frames)
+        return {frame: _texts(text, "then", prompts) for frame, text in pairs}
+
+    def _changes(
+        self, later: Mapping[int, Sequence[str]], history: str, per_prompt: int
+    ) -> dict[int, PromptChange]:
+        """Conditions of B rows from pixel frames on."""
+        states = {frame: self._encode(texts) for frame, texts in later.items()}
+        return {
+            frame: PromptChange(Conditioning(state.repeat_interleave(per_prompt, 0)), history)
+            for frame, state in states.items()
+        }
 
     def _on_step(self, callback: Callback, tensor_inputs: Sequence[str]) -> OnStep:
         """``callback`` as the samplers call it, with latents as diffusers has them, (B, C, n, H,
@@ -439,8 +457,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         each prompt. ``start``: the same of several frames: a video's path or (F, 3, H, W).
         ``video``: frames that the clips are made from, a path or pictures, for all prompts; as many
         as they give unless ``num_frames``. ``strength``: the share of noise that is put into them,
-        0.8 by default; the sampler's first time at or below is taken (diffusers' is a share of the
-        steps). No student is trained for it.
+        by default 0.8, or the sampler's least where that is more; the sampler's first time at or
+        below is taken (diffusers' is a share of the steps). No student is trained for it.
         ``then``: other prompts from pixel frames on, {41: "it rains"}; ``history``: what becomes of
         the past there (:class:`~scd_sf.generation.prompt_change.PromptChange`). ``window``: the last latent
         frames of history, which are kept, 0 all; ``sink``: its first, which stay too.
@@ -472,35 +490,47 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         steps = choose_steps(trained, sampler, num_inference_steps, source, force=force).build()
         shape = self.shape(num_frames or frames, height, width)
         kind = choose_guidance(guidance, guidance_scale)
-        states = self._states(prompt, prompt_embeds, "prompt")
-        prompts, per_prompt = len(states), num_videos_per_prompt
+        check_window(window, sink, self.transformer.chunk)
+        check_past(history, bool(then))
+        check_strength(strength, video is not None)
+        prompts = len(self._checked(prompt, prompt_embeds, "prompt"))
+        per_prompt = num_videos_per_prompt
         seeds = choose_seeds(seed, generator, prompts, per_prompt)
         inputs, begin = None, 0
         if video is not None:
             if image is not None or start is not None:
                 raise UserError("video excludes image and start; give one of them")
-            begin = first_step(steps, STRENGTH if strength is None else strength)
+            begin = first_step(steps, choose_strength(strength, steps))
             count, pixels = video_pixels(video, (shape.pixel_height, shape.pixel_width), "video")
             chunk = self.transformer.chunk
             made = input_frames(count, num_frames or frames or 0, shape, chunk, "video")
             shape = replace(shape, frames=1 + (made - 1) // shape.temporal)
             inputs = chunk_inputs(self._vae, pixels, chunk, steps.times[begin])
-            log.warning("no student is trained to make videos anew (video=)")
-        elif strength is not None:
-            raise UserError(f"strength is {strength}, but there is no video; give video too")
+            log.warning(
+                "strength %.4g: begins with noise %.4g, %d of %d steps; no student is trained to make videos anew",
+                choose_strength(strength, steps),
+                steps.times[begin],
+                steps.steps - begin,
+                steps.steps,
+            )
         for remark in unusual(trained, kind, shape, window, self.description.origin):
             log.warning("%s", remark)
         whole = (len(seeds), shape.channels, shape.frames, shape.height, shape.width)
         if latents is not None and (not isinstance(latents, Tensor) or latents.shape != whole):
             own_shape = tuple(getattr(latents, "shape", ())) or type(latents).__name__
             raise UserError(f"latents has shape {own_shape}; give a tensor {whole}")
-        null = self._null(kind, negative_prompt, negative_prompt_embeds, prompts)
         known = self._known(image, start, prompts, shape)
         known_frames = 0 if known is None else 1 + (known.shape[1] - 1) // shape.temporal
+        later = self._later(then or {}, shape, prompts, known_frames)
         chunks = (shape.frames - known_frames) // self.transformer.chunk
         self._num_timesteps = chunks * (steps.steps - begin)
         self._num_pieces = chunks + (known is not None)
         self._guidance_scale, self._interrupt, vae = kind.text.w, False, self._vae
+        on_step = callback_on_step_end and self._on_step(
+            callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        null = self._null(kind, negative_prompt, negative_prompt_embeds, prompts)
+        states = self._states(prompt, prompt_embeds, "prompt")
         parts = clip_latents(
             self.transformer,
             vae,
@@ -511,12 +541,11 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             window=window,
             sink=sink,
             start=None if known is None else known.repeat_interleave(per_prompt, 0),
-            changes=self._changes(then or {}, history, shape, prompts, per_prompt),
+            changes=self._changes(later, history, per_prompt),
             guidance=kind,
             null=None if null is None else Conditioning(null.repeat_interleave(per_prompt, 0)),
             initial=None if latents is None else latents.transpose(1, 2),
-            on_step=callback_on_step_end
-            and self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            on_step=on_step,
             inputs=inputs,
         )
         if output_type == "latent":
@@ -577,6 +606,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         """Whole clips: ``.frames`` is "np" (B, F, H, W, 3) or "pt" (B, F, 3, H, W) in [0, 1], "pil"
         B lists of F images, or "latent" (B, C, F, H, W); with ``return_dict=False`` a tuple of it.
         All else as for :meth:`stream`."""
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type is '{output_type}'; use {', '.join(OUTPUT_TYPES)}")
         parts = self.stream(
             prompt,
             negative_prompt,
@@ -607,8 +638,6 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             sampler=sampler,
             force=force,
         )
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type is '{output_type}'; use {', '.join(OUTPUT_TYPES)}")
         pieces = []
         with self.progress_bar(total=self._num_pieces) as bar:
             for part in parts:

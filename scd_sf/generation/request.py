@@ -4,7 +4,7 @@ sample`` and the pipeline take them."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import SupportsFloat
@@ -13,16 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scd_sf.data.start import count_pictures, picture_pixels, read_pictures, read_start
+from scd_sf.data.start import (
+    check_picture,
+    count_pictures,
+    picture_pixels,
+    read_pictures,
+    read_start,
+)
 from scd_sf.diffusion.guidance import GuidanceConfig
+from scd_sf.diffusion.samplers import Sampler, first_step
+from scd_sf.generation.generate import first_chunk, first_frame
 from scd_sf.generation.guided import SampleGuidance
+from scd_sf.generation.prompt_change import check_history
 from scd_sf.models.build import SamplerConfig, Student
 from scd_sf.models.interface import check_chunks
 from scd_sf.models.wan.vae import VaeGeometry
 from scd_sf.types import UserError, VideoShape, plural
 
 START_FPS = 16  # Wan's; a start video or an input video is resampled to it
-STRENGTH = 0.8  # of an input video, as diffusers'
+STRENGTH = 0.8  # of an input video, by default
 
 
 def check_whole(numbers: Mapping[str, object]) -> None:
@@ -33,12 +42,56 @@ def check_whole(numbers: Mapping[str, object]) -> None:
             raise UserError(f"{name} is {value!r}; give a whole number")
 
 
-def check_later(frame: int, shape: VideoShape) -> None:
-    """UserError where another prompt comes after the clip's end and would not be seen."""
-    if frame >= shape.pixel_frames:
+def check_changes(frames: Iterable[int], shape: VideoShape, chunk: int, num_known: int = 0) -> None:
+    """``frames``: pixel frames from which a clip, the first ``num_known`` latent frames of which are
+    there already, has other prompts. UserError for one that would not be seen: after the clip's
+    last chunk begins, or for the same chunk as the next one."""
+    chunks = (shape.frames - num_known) // chunk
+    before: tuple[int, int] | None = None
+    for frame in sorted(frames):
+        number = first_chunk(frame, shape.temporal, chunk, num_known)
+        if number >= chunks:
+            raise UserError(
+                f"then: frame {frame} is too late: no other prompt can begin after frame "
+                f"{first_frame(shape.frames - chunk, shape.temporal)} of the clip's {shape.pixel_frames} frames; ask "
+                "for more with frames=, or leave that prompt out"
+            )
+        if before is not None and before[1] == number:
+            begin = first_frame(num_known + number * chunk, shape.temporal)
+            raise UserError(
+                f"then: the prompts of frames {before[0]} and {frame} would both begin with frame {begin}, where the "
+                "next frames are made; leave one out"
+            )
+        before = frame, number
+
+
+def check_strength(strength: float | None, has_video: bool) -> None:
+    """UserError for a strength that is no share, or that nothing is made anew with."""
+    if strength is None:
+        return
+    if not 0 < strength <= 1:
+        raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
+    if not has_video:
+        raise UserError(f"strength is {strength}, but there is no video; set video too")
+
+
+def choose_strength(requested: float | None, sampler: Sampler) -> float:
+    """The share of noise that an input video begins with: ``requested``, or by default 0.8, or where
+    the sampler has no step at so little noise, the least that it knows. UserError: it has no step
+    at the one requested."""
+    if requested is None:
+        return max(STRENGTH, sampler.times[-1])
+    first_step(sampler, requested)
+    return requested
+
+
+def check_past(history: str, has_changes: bool) -> None:
+    """UserError for a ``history`` of changing prompts where no prompt changes, or an unknown one."""
+    check_history(history)
+    if history != "keep" and not has_changes:
         raise UserError(
-            f"then: frame {frame} is beyond the clip's {shape.pixel_frames} frames; ask for more with frames=, or "
-            "leave that prompt out"
+            f"history is '{history}', what becomes of the past where the prompt changes, but none changes; give later "
+            "prompts ('then'), or leave history out"
         )
 
 
@@ -225,6 +278,12 @@ def video_pixels(video: object, size: tuple[int, int], where: str) -> tuple[int,
     frames = list(video)  # type: ignore[call-overload]  # one of the two
     if not frames:
         raise UserError(f"{where}: holds no frame; give one at least")
+    for frame in frames:
+        if isinstance(frame, str | Path | list | tuple) or getattr(frame, "ndim", 3) == 4:
+            raise UserError(
+                f"{where}: is a list of videos, and one serves all prompts; give one, in a call for each"
+            )
+        check_picture(frame, size, where)
     return len(frames), (picture_pixels(frame, size, where)[None, None] for frame in frames)
 
 

@@ -16,19 +16,22 @@ from torch import Tensor
 
 from scd_sf.checkpoint import absolute
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
+from scd_sf.data.start import VIDEOS as VIDEO_SUFFIXES
 from scd_sf.data.start import check_start, count_pictures, read_pictures, read_start
 from scd_sf.diffusion.samplers import Sampler, first_step
 from scd_sf.files import sha256_file
 from scd_sf.generation.compile import CompileConfig, compile_steps
-from scd_sf.generation.generate import as_uint8, generate
+from scd_sf.generation.generate import as_uint8, check_window, generate
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.inputs import ChunkInput, chunk_inputs
 from scd_sf.generation.prompt_change import PromptChange, check_history
 from scd_sf.generation.request import (
     SIZES_ASKED,
-    STRENGTH,
+    check_past,
+    check_strength,
     choose_sampler,
     choose_shape,
+    choose_strength,
     input_frames,
     unusual,
 )
@@ -98,9 +101,9 @@ class SampleConfig:
     video: str = ""
     """A video file, read at ``fps``, that is made anew after each prompt; no student is trained for
     it; empty: none."""
-    strength: float = STRENGTH
+    strength: float | None = None
     """How much noise ``video`` begins with, 1: nothing is left of it; the sampler's first time at or
-    below is taken."""
+    below is taken; null: 0.8, or the sampler's least where that is more."""
     window: int = 0
     """The last latent frames of history that are kept, for videos longer than training; 0: all."""
     sink: int = 0
@@ -141,8 +144,7 @@ class SampleConfig:
             raise UserError(
                 "start and video are both set: one is continued, one is made anew; choose"
             )
-        if not 0 < self.strength <= 1:
-            raise UserError(f"strength is {self.strength}; it must be above 0 and at most 1")
+        check_strength(self.strength, True)
         if self.negative_prompt and self.guidance.text.w == 1:
             raise UserError(
                 "negative_prompt is what guidance.text leads away from: set guidance.text.scale too"
@@ -219,8 +221,8 @@ def wanted_videos(cfg: SampleConfig) -> list[VideoRequest]:
     for name, path in ((name, getattr(row, name)) for row in rows for name in ("start", "video")):
         if path and not Path(path).is_file():
             raise UserError(f"{name} {path}: no such file; check the path")
-    if cfg.strength != STRENGTH and not any(row.video for row in rows):
-        raise UserError(f"strength is {cfg.strength}, but there is no video; set video too")
+    check_strength(cfg.strength, any(row.video for row in rows))
+    check_past(cfg.history, any(row.then for row in rows))
     return [
         VideoRequest(
             f"{p:04d}-{n:02d}.mp4", row, p, n, (cfg.seed if row.seed is None else row.seed) + n
@@ -274,6 +276,19 @@ class VideoGenerator:
         frames = input_frames(count, self.cfg.frames, self.shape, self.student.chunk, where)
         return replace(self.shape, frames=1 + (frames - 1) // self.shape.temporal)
 
+    def known_frames(self, video: VideoRequest) -> int:
+        """Latent frames that the start file gives, 0 without one. UserError: it cannot be read, or
+        does not fit the clip."""
+        path = Path(video.row.start)
+        if not video.row.start:
+            return 0
+        size, frames = (self.shape.pixel_height, self.shape.pixel_width), 1
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            count = count_cached(path, size, self.cfg.fps, f"start {path}")
+            frames = 1 + (count - 1) // self.shape.temporal
+        check_start(frames, self.student.chunk, self.shape, video.row.start)
+        return frames
+
     def remarks(self, videos: Sequence[VideoRequest]) -> list[str]:
         """What ``videos`` ask of the student that it was not trained for."""
         if not videos or self.trained_sampler is None:
@@ -290,15 +305,20 @@ class VideoGenerator:
         size = (self.shape.pixel_height, self.shape.pixel_width)
         pictures = read_pictures(Path(path), size, self.cfg.fps, f"video {path}")
         frames = (picture[None, None] for picture in pictures)
-        return chunk_inputs(self.vae, frames, self.student.chunk, self.cfg.strength)
+        return chunk_inputs(self.vae, frames, self.student.chunk, self.strength)
+
+    @property
+    def strength(self) -> float:
+        """The share of noise that input videos begin with."""
+        return choose_strength(self.cfg.strength, self.sampler)
 
     def input_settings(self) -> dict[str, float]:
         """For manifests of videos that are made from a video: the strength, the noise level that the
         sampler begins with, and the frames (0: as many as each file gives). UserError: the sampler
         has no step at so little noise."""
-        begin = first_step(self.sampler, self.cfg.strength)
+        begin = first_step(self.sampler, self.strength)
         return {
-            "strength": self.cfg.strength,
+            "strength": self.strength,
             "noise": self.sampler.times[begin],
             "steps": self.sampler.steps - begin,
             "frames": self.cfg.frames,
@@ -352,6 +372,7 @@ def open_generator(
     sampler = choose_sampler(trained_sampler, cfg.sampler, cfg.checkpoint, force=cfg.force)
     base = base_of(description.base, cfg.base, path)
     student, _ = load_student(path, cfg.weights, cfg.blocks)
+    check_window(cfg.window, cfg.sink, student.chunk)
     vae = load_vae(base, device=vae_device or device)
     decoder = load_decoder(cfg.decoder, device=vae.device, vae=vae) if cfg.decoder else None
     requested_size = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}

@@ -136,6 +136,38 @@ def test_a_change_of_the_prompt_keeps_to_its_video(
         pipe(PROMPTS[0], then={5: PROMPTS[1]}, history="none")
 
 
+def test_a_video_that_is_made_anew(chain: Chain, pipe: SCDWanPipeline, tmp_path: Path) -> None:
+    """By the folder's frames and by the pipeline, with each history of a later prompt, and with the
+    strength that is the default: 0.8, of which this student knows 0.625."""
+    rng = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 255, (50, 3, 6, 8), dtype=torch.uint8, generator=rng)
+    clip = tmp_path / "a.mp4"  # 25 frames at 16 per second
+    write_video(clip, frames.repeat_interleave(8, 2).repeat_interleave(8, 3), 32, crf=0)
+    row = {"prompt": PROMPTS[0], "seed": 7, "video": "a.mp4", "then": [[13, PROMPTS[1]]]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    given = [f"prompt_file={tmp_path}/p.jsonl", "window=2", "sink=1"]
+    made = []
+    for history, strength in (("keep", 0.85), ("recache", 0.85), ("flush", 0.85), ("keep", None)):
+        own = [f"history={history}", *([f"strength={strength}"] if strength else [])]
+        video = pipe(
+            PROMPTS[0],
+            seed=7,
+            video=clip,
+            strength=strength,
+            then={13: PROMPTS[1]},
+            history=history,
+            window=2,
+            sink=1,
+            output_type="pt",
+        ).frames
+        made.append(sampled(chain, *given, *own)[0])
+        assert len(made[-1]) == 25 and torch.equal(as_uint8(video)[0], made[-1])
+    for index, one in enumerate(made[1:], 1):
+        assert all(not torch.equal(one, other) for other in made[:index])
+        assert index == 3 or torch.equal(one[:13], made[0][:13])
+    assert torch.equal(sampled(chain, *given, "strength=0.625")[0], made[3])
+
+
 def test_a_validation_video(
     chain: Chain, single: dict[tuple[str, int], Tensor], tmp_path: Path
 ) -> None:

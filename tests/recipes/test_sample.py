@@ -540,6 +540,57 @@ def test_guidance_other_prompts_and_videos_longer_than_training(
     assert len({sha256_file(tmp_path / name / "0000-00.mp4") for name in settings}) == len(settings)
 
 
+def test_a_student_of_three_frames_at_a_time(
+    chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What does not fit its chunks is refused before a folder is begun; a window that they do not
+    divide, the past encoded again, an input video that fills no chunk at its end; once more to the
+    last byte. Two steps: the least noise that they know is the default strength."""
+    student = tmp_path / "student"
+    layers = ["scd.encoder_layers=[0, 1]", "scd.decoder.layers=[0, 5]", "chunk=3"]
+    recipe_runner.succeed(
+        "recipes/stage1_transplant.py", f"base={chain.wan}", f"out={student}", *layers
+    )
+    random = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 255, (40, 3, 40, 24), dtype=torch.uint8, generator=random)
+    write_video(tmp_path / "a.mp4", frames, 16)
+    rows = [
+        {"prompt": PROMPTS[0], "video": "a.mp4", "then": [[9, PROMPTS[1]], [17, PROMPTS[0]]]},
+        {"prompt": PROMPTS[1], "then": [[21, PROMPTS[0]]]},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"checkpoint={student}", f"prompt_file={tmp_path}/p.jsonl", "height=32", "width=32"]
+    given += [f"out={tmp_path}/out", "sampler={name: renoise, steps: 2}", "text_cache=off", "crf=0"]
+    given += ["history=recache", "sink=2"]
+
+    def refusal(*more: str) -> str:
+        code, said = scd(monkeypatch, capsys, "sample", *given, *more)
+        assert code == 2 and not (tmp_path / "out").exists()
+        return said
+
+    one = [f"prompts={json.dumps(PROMPTS[:1])}", "prompt_file=", "window=4"]
+    for more, words in (
+        (["window=2", "frames=33"], "window is 2, but the model makes 3 latent frames at a time"),
+        (["window=4", "frames=21"], "no other prompt can begin after frame 9"),
+        (["window=4", "frames=33", "strength=0.8"], "below all noise levels"),
+        ([*one, "frames=33"], "history is 'recache', what becomes of the past"),
+        ([*one, "frames=33", "history=keep", f"start={tmp_path}/a.mp4"], "gives 10 latent frames"),
+    ):
+        assert words in refusal(*more), more
+    given += ["window=4", "frames=33"]
+    code, said = scd(monkeypatch, capsys, "sample", *given)
+    assert code == 0 and "strength 0.8333: begins with noise 0.8333, 1 of 2 steps" in said, said
+    content = manifest(tmp_path / "out")
+    assert [len(read_video(tmp_path / "out" / name)) for name in content["videos"]] == [33, 33]
+    for name in content["videos"]:
+        again = ["again", tmp_path / "out" / name, "--text-cache", "off"]
+        code, said = scd(monkeypatch, capsys, *again, "--out", tmp_path / "again")
+        assert code == 0 and "the same bytes as recorded" in said, said
+
+
 def test_known_prompts_need_no_text_encoder(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,6 +669,21 @@ def test_bad_prompt_files(chain: Chain, tmp_path: Path) -> None:
         ("d.jsonl", "[1]\n", "line 1 is not an object"),
         ("e.jsonl", '{"prompt": ""}\n', "line 1: 'prompt' is ''"),
         ("f.jsonl", '{"prompt": "a", "then": [["x", "b"]]}\n', "'then' has ['x', 'b']"),
+        (
+            "i.jsonl",
+            '{"prompt": "a", "then": [[5, "c"], [5, "b"]]}\n',
+            "two prompts from frame 5 on",
+        ),
+        (
+            "j.jsonl",
+            '{"prompt": "a", "then": [[6, "b"]]}\n',
+            "no other prompt can begin after frame 5",
+        ),
+        (
+            "k.jsonl",
+            '{"prompt": "a", "then": [[2, "b"], [5, "c"]]}\n',
+            "would both begin with frame 5",
+        ),
         ("g.txt", "\n\n", "no prompt in it"),
         ("h.jsonl", '{"prompt": "a", "start": "none.png"}\n', "none.png: no such file"),
     ):
