@@ -11,7 +11,18 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from scd_sf.tools.serve.protocol import Chunk, Missed, Reply, Say, SeatState, Started, Switched
+from scd_sf.tools.serve.protocol import (
+    Chunk,
+    Ended,
+    Error,
+    Missed,
+    Paused,
+    Reply,
+    Say,
+    SeatState,
+    Started,
+    Switched,
+)
 
 BEHIND = 6  # chunks that were sent to a watcher and not shown
 
@@ -34,8 +45,8 @@ class Audience:
         self._most = most
         self._lock = threading.Lock()
         self._watchers: list[Watcher] = []
-        self._is_free = True
-        self._clip: list[Reply] = []  # what was said of the present clip: its start, its prompt
+        self._is_free, self._is_paused = True, False
+        self._clip: list[Reply] = []  # what was said of the present clip: start, prompt, end
 
     def __len__(self) -> int:
         return len(self._watchers)
@@ -52,7 +63,8 @@ class Audience:
                 return None
             watcher = Watcher(say)
             self._watchers.append(watcher)
-            for reply in (welcome, SeatState(self._is_free), *self._clip):
+            paused = [Paused(True)] if self._is_paused else []
+            for reply in (welcome, SeatState(self._is_free), *self._clip, *paused):
                 say(reply, ())
             return watcher
 
@@ -69,25 +81,40 @@ class Audience:
     def seat(self, is_free: bool) -> None:
         """The viewer left, or there is one."""
         with self._lock:
-            self._is_free, self._clip = is_free, []
-            for watcher in self._watchers:
-                watcher.say(SeatState(is_free), ())
+            self._is_free, self._is_paused, self._clip = is_free, False, []
+            self._say(SeatState(is_free))
+
+    def pause(self, on: bool) -> None:
+        """The viewer pauses, or goes on."""
+        with self._lock:
+            if on != self._is_paused:
+                self._is_paused = on
+                self._say(Paused(on))
+
+    def _say(self, reply: Reply) -> None:
+        for watcher in self._watchers:
+            watcher.say(reply, ())
 
     def tell(self, reply: Reply, frames: Sequence[bytes] = ()) -> None:
         """What the viewer is told. ``frames``: a chunk's, as JPEGs."""
         with self._lock:
-            if isinstance(reply, Started):
-                self._clip = []
-            if isinstance(reply, Started | Switched):
-                self._clip = [*self._clip[:1], reply]
-            for watcher in self._watchers:
-                if isinstance(reply, Chunk):
+            if isinstance(reply, Chunk):
+                for watcher in self._watchers:
                     _send(watcher, reply, frames)
-                    continue
-                if isinstance(reply, Started):
+                return
+            if isinstance(reply, Started):
+                self._clip = [reply]
+                for watcher in self._watchers:
                     watcher.unshown.clear()
                     watcher.num_missed = 0
-                watcher.say(reply, ())
+            elif isinstance(reply, Switched):
+                self._clip = [*self._clip[:1], reply]
+            elif isinstance(reply, Ended | Error):
+                self._clip = [one for one in self._clip if isinstance(one, Started | Switched)]
+                self._clip.append(reply)
+            self._say(reply)
+            if isinstance(reply, Started) and self._is_paused:
+                self._say(Paused(True))  # which was said before the clip began
 
 
 def _send(watcher: Watcher, chunk: Chunk, frames: Sequence[bytes]) -> None:

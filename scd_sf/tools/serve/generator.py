@@ -52,6 +52,7 @@ from scd_sf.types import Conditioning, UserError, VideoShape
 # a pipeline one more is on its way.
 AHEAD, AHEAD_IN_A_PIPELINE = 2, 3
 RECENT = 8  # chunks over which speeds are measured
+TOO_LATE = "the clip ended before the new prompt could hold; press start for a clip with it"
 TRIM = 100  # chunks after which freed memory goes back to the kernel: in pieces it adds up
 
 
@@ -60,7 +61,7 @@ class ClipMaker:
     """What clips are made with. ``decoder``: ``vae``, or a tiny one instead. ``shape``: of the
     longest clip. ``window``, ``sink``: latent frames of history. ``kept_frames``: of a clip, for its
     download. ``quality``: of the JPEGs, 1 .. 95. ``overlap``: decode a chunk while the next one is
-    made."""
+    made. ``name``: of the model, for its viewers."""
 
     student: Student
     sampler: Sampler
@@ -75,6 +76,7 @@ class ClipMaker:
     kept_frames: int
     quality: int
     overlap: bool = False
+    name: str = ""
 
     @property
     def camera_frames(self) -> tuple[int, int]:
@@ -229,6 +231,7 @@ class Generator:
         first_step(self.maker.sampler, request.start.strength)
         with self._changed:
             seat.wanted, seat.change, seat.is_paused = request, None, False
+            self.audience.pause(False)
             seat.strength = request.start.strength
             self._changed.notify_all()
 
@@ -269,6 +272,7 @@ class Generator:
     def pause(self, seat: Seat, on: bool) -> None:
         with self._changed:
             seat.is_paused = on
+            self.audience.pause(on)
             if (camera := _camera_of(seat)) is not None:
                 camera.clear()  # what comes later does not follow on it
             self._changed.notify_all()
@@ -427,11 +431,17 @@ class Generator:
     # -------------------------------------------------------------------------- the second stage
 
     def _tell(self, clip: LiveClip, reply: Reply) -> None:
-        """Unless the clip is over: what is said then is about another one."""
+        """Unless the clip is over: what is said then is about another one. A prompt that came too
+        late for the clip is answered."""
         with self._changed:
-            if not self._is_over(clip):
-                clip.seat.has_ended = isinstance(reply, Ended | Error)
-                self._say_to_all(clip.seat, reply)
+            if self._is_over(clip):
+                return
+            seat = clip.seat
+            seat.has_ended = isinstance(reply, Ended | Error)
+            self._say_to_all(seat, reply)
+            if seat.has_ended and seat.change is not None:
+                seat.change = None
+                seat.say(Error(TOO_LATE), ())
 
     def _say_to_all(self, seat: Seat, reply: Reply) -> None:
         seat.say(reply, ())

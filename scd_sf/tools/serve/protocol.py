@@ -47,7 +47,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"
 
 
 class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"):
-    """A new clip, instead of the one that plays. ``picture``: begin with the last start picture.
+    """A new clip, instead of the one that plays. Of several that come before the next chunk the last
+    one is made, and it alone is answered by ``started``. ``picture``: begin with the last start picture.
     ``camera``: made from the camera's frames, which follow, with this share of noise at first."""
 
     prompt: Prompt
@@ -58,8 +59,9 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="start"
 
 
 class ChangePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="prompt"):
-    """Another prompt from the next chunk on. ``history``: what becomes of the past
-    (:class:`~scd_sf.generation.prompt_change.PromptChange`)."""
+    """Another prompt from the next chunk on. Of several that come before it the last one holds, and
+    it alone is answered by ``switched``; by an error where the clip ends first. ``history``: what
+    becomes of the past (:class:`~scd_sf.generation.prompt_change.PromptChange`)."""
 
     prompt: Prompt
     history: Literal["keep", "recache", "flush"] = "keep"
@@ -125,7 +127,8 @@ def read_request(text: str) -> Request:
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
     """The seat is the page's. ``seconds``: of the last frames that can be downloaded. ``h264``: what
     WebCodecs calls the H.264 that the page may ask for; empty: none, for the reason ``no_h264``.
-    ``levels``: the shares of noise that a camera's frames may begin with, falling from 1."""
+    ``levels``: the shares of noise that a camera's frames may begin with, falling from 1. ``model``:
+    the name of what plays, no path of the server."""
 
     fps: int
     width: int
@@ -135,6 +138,7 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"
     h264: str
     no_h264: str
     levels: tuple[float, ...]
+    model: str
     most_prompt: int = MOST_PROMPT
     most_picture: int = MOST_PICTURE
 
@@ -147,17 +151,25 @@ class Busy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="busy"):
 
 
 class Watching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="watching"):
-    """The page watches along: it gets what the viewer gets, always as JPEGs."""
+    """The page watches along: it gets what the viewer gets, always as JPEGs. ``model``: as in
+    :class:`Ready`. What was said of the clip that plays comes next, up to its end or its pause."""
 
     fps: int
     width: int
     height: int
+    model: str
 
 
 class SeatState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="seat"):
     """To those who watch along: whether the seat can be taken."""
 
     is_free: bool
+
+
+class Paused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="paused"):
+    """To those who watch along: the viewer has paused, or goes on."""
+
+    on: bool
 
 
 class Missed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="missed"):
@@ -235,6 +247,7 @@ Reply = (
     | Busy
     | Watching
     | SeatState
+    | Paused
     | Missed
     | Watchers
     | Started

@@ -8,7 +8,7 @@ import json
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,15 +76,24 @@ class Recording:
         return KeptClip(tuple(self._chunks), self._first, changes, lost, strengths)
 
 
-def as_zip(kept: KeptClip, fps: int, crf: int, record: Mapping[str, object]) -> bytes:
+def as_zip(
+    kept: KeptClip,
+    fps: int,
+    crf: int,
+    record: Mapping[str, object],
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> bytes:
     """``video.mp4`` and ``manifest.json`` in one archive. ``record``: of the clip and the settings,
-    as JSON values. UserError: no frame is kept yet."""
+    as JSON values. ``is_wanted`` is asked before each chunk. UserError: no frame is kept yet, or the
+    file is not wanted any more."""
     if not kept.chunks:
         raise UserError("nothing has been made yet; press start first")
     with tempfile.TemporaryDirectory(prefix="scd-serve-") as folder:
         path = Path(folder) / "video.mp4"
         with video_writer(path, fps, crf=crf) as append:
             for chunk in kept.chunks:
+                if not is_wanted():
+                    raise UserError("nobody waits for the download any more")
                 append(chunk)
         video = path.read_bytes()
     manifest = {

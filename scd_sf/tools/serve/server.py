@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import logging
 import os
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -40,6 +44,7 @@ from scd_sf.tools.serve.protocol import (
     ChangeStrength,
     Chunk,
     Download,
+    Ended,
     Error,
     File,
     Hello,
@@ -51,6 +56,7 @@ from scd_sf.tools.serve.protocol import (
     Shown,
     Start,
     Started,
+    Switched,
     UseCodec,
     Watching,
     read_request,
@@ -66,7 +72,7 @@ from scd_sf.tools.serve.safety import (
     is_token,
     page_address,
 )
-from scd_sf.types import LARGEST, UserError, check_within, device_of, say
+from scd_sf.types import LARGEST, UserError, check_within, device_of, printable, say
 
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
 PAGE |= {"/page.js": ("page.js", "text/javascript")}
@@ -75,6 +81,7 @@ HELLO_SECONDS = 10.0  # in which a connection has to say hello
 PER_SECOND, BURST = 40.0, 80.0  # messages of a page, but for frames of a camera
 FRAMES_PER_SECOND, FRAMES_BURST = 150.0, 600.0  # of a camera; a slow network lets many come at once
 MOST_WAITING = 64  # things that wait to be sent; a page that takes none of them is cut off
+OF_A_CLIP = (Started, Chunk, Switched, Ended)
 MOST_CONNECTIONS = 64
 BUSY, REFUSED = 1013, 1008  # WebSocket close codes: try again later; policy
 
@@ -176,6 +183,7 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
         round(cfg.keep * cfg.fps),
         cfg.quality,
         cfg.overlap == "on" or (cfg.overlap == "auto" and has_two_workers),
+        model_name(path) + (", tiny decoder" if parts.decoder is not None else ""),
     )
     # paths are nobody's business
     known = ("weights", "dtype", "sampler", "fps", "crf", "decoder_sha256")
@@ -189,6 +197,15 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
     return maker, record
 
 
+def model_name(path: Path) -> str:
+    """What a checkpoint is called: a file's own name, or FOLDER/step_N; nothing of where it is."""
+    path = Path(os.path.abspath(path))  # it may be named as "." or ".."
+    if path.is_file():
+        return printable(path.name)
+    run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
+    return printable(f"{run.name}/{path.name}".lstrip("/"))
+
+
 class Outbox:
     """What waits to be sent to one page, in order. :meth:`put` may be called from any thread."""
 
@@ -199,8 +216,8 @@ class Outbox:
         self._is_over = False
 
     def put(self, reply: Reply, binary: Sequence[bytes] = ()) -> None:
-        """``binary`` is sent right after ``reply``. Where a clip begins, chunks of the one before
-        that were not sent yet are dropped."""
+        """``binary`` is sent right after ``reply``. Where a clip begins, what was not sent yet of the
+        one before is dropped."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._put, reply, binary)
 
@@ -208,7 +225,7 @@ class Outbox:
         if self._is_over:
             return
         if isinstance(reply, Started):
-            self._waiting = deque(old for old in self._waiting if not isinstance(old[0], Chunk))
+            self._waiting = deque(old for old in self._waiting if not isinstance(old[0], OF_A_CLIP))
         self._waiting.append((reply, binary))
         self._is_over = len(self._waiting) > MOST_WAITING
         self._filled.set()
@@ -277,9 +294,12 @@ class Viewer:
         self._picture_sha256 = ""
         self._frame_rate = Rate(2.0 * service.generator.maker.fps, service.generator.maker.fps)
         self._download: asyncio.Task[None] | None = None
+        self._is_gone = threading.Event()
 
     def close(self) -> None:
-        """Ends what is still being made for the page."""
+        """Ends what is still being made for the page; a chunk of a download that is being encoded
+        comes to its end."""
+        self._is_gone.set()
         if self._download is not None:
             self._download.cancel()
 
@@ -367,8 +387,10 @@ class Viewer:
                 "settings": self._service.record,
             }
             fps, crf = self._service.generator.maker.fps, self._service.crf
+            make = partial(as_zip, kept, fps, crf, record, lambda: not self._is_gone.is_set())
             with foreign("the download", "look at the server's disk for temporary files"):
-                data = await asyncio.to_thread(as_zip, kept, fps, crf, record)
+                encoder = self._service.encoder
+                data = await asyncio.get_running_loop().run_in_executor(encoder, make)
         except UserError as error:
             self._say(Error(str(error)))
             return
@@ -385,12 +407,14 @@ def start_picture(data: bytes, size: tuple[int, int]) -> Tensor:
 
 
 class Service:
-    """What all connections share: the generator, the manifest's record and the token."""
+    """What all connections share: the generator, the manifest's record, the token, and the one
+    thread in which downloads are encoded."""
 
     def __init__(
         self, generator: Generator, record: Mapping[str, object], token: str, crf: int = 16
     ) -> None:
         self.generator, self.record, self.crf = generator, record, crf
+        self.encoder = ThreadPoolExecutor(1, "scd serve: download")
         self._token = token
 
     def app(self, names: Names) -> ASGIApp:
@@ -428,7 +452,8 @@ class Service:
         size = (shape.pixel_width, shape.pixel_height)
         codecs = (self.generator.h264, self.generator.no_h264)
         levels = tuple(round(t, 4) for t in maker.sampler.times)
-        outbox.put(Ready(maker.fps, *size, seconds, self.generator.ahead, *codecs, levels))
+        ahead = self.generator.ahead
+        outbox.put(Ready(maker.fps, *size, seconds, ahead, *codecs, levels, maker.name))
         if len(self.generator.audience):
             self.generator.count_watchers()
         viewer = Viewer(self, seat, outbox)
@@ -443,7 +468,7 @@ class Service:
         """One who watches along until it leaves; False where there are too many."""
         maker, audience = self.generator.maker, self.generator.audience
         size = (maker.shape.pixel_width, maker.shape.pixel_height)
-        watcher = audience.join(outbox.put, Watching(maker.fps, *size))
+        watcher = audience.join(outbox.put, Watching(maker.fps, *size, maker.name))
         if watcher is None:
             return False
 
@@ -496,8 +521,14 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Not a traceback for what a page sent."""
+    return not str(record.msg).startswith("Invalid UTF-8")
+
+
 def web_server(app: ASGIApp) -> uvicorn.Server:
     """uvicorn without a log of requests, with limits on messages and connections."""
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import io
 import json
+import logging
 import os
 import socket
 import sys
@@ -30,14 +31,14 @@ from serve_world import HOST, KEPT, TOKEN, Live, Talk, seated
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scd_sf.cli import serve
-from scd_sf.data.clips import read_video
+from scd_sf.data.clips import read_video, video_writer
 from scd_sf.generation.generate import as_uint8, clip_latents, generate
 from scd_sf.generation.inputs import ChunkInput, chunk_inputs
 from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
 from scd_sf.tools.serve.audience import BEHIND
 from scd_sf.tools.serve.camera import HEAD, MARK, MOST_BYTES, Camera, is_frame, read_frame
-from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
+from scd_sf.tools.serve.generator import TOO_LATE, ClipMaker, ClipRequest, Generator, Seat
 from scd_sf.tools.serve.pictures import KEY_SECONDS, jpeg, nal_units
 from scd_sf.tools.serve.protocol import (
     FLAGS_SHIFT,
@@ -47,12 +48,14 @@ from scd_sf.tools.serve.protocol import (
     Busy,
     ChangePrompt,
     Error,
+    Paused,
     Reply,
     Start,
+    Started,
 )
 from scd_sf.tools.serve.recording import Recording
 from scd_sf.tools.serve.safety import Names, Rate, choose_token, page_address
-from scd_sf.tools.serve.server import ServeConfig, start_picture
+from scd_sf.tools.serve.server import ServeConfig, model_name, start_picture
 from scd_sf.tools.serve.stage import Moment, Streams, moment
 from scd_sf.types import UserError
 
@@ -221,6 +224,46 @@ def test_the_download(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert video.shape == pictures.shape
     assert float((video - pictures).abs().mean()) < 12  # two lossy codecs
     assert float((video - pictures.flip(0)).abs().mean()) > 0  # not a comparison of constants
+
+
+def test_one_download_at_a_time(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who leaves ends the encoding after the chunk that it is at; the next viewer's begins then."""
+    may_go_on = threading.Event()
+    chunks: list[int] = []  # of each download, so far
+
+    @contextlib.contextmanager
+    def gated(path: Path, fps: int, *, crf: int) -> Iterator[Callable[[torch.Tensor], None]]:
+        number = len(chunks)
+        chunks.append(0)
+        with video_writer(path, fps, crf=crf) as append:
+
+            def append_later(frames: torch.Tensor) -> None:
+                chunks[number] += 1
+                assert may_go_on.wait(60)
+                append(frames)
+
+            yield append_later
+
+    monkeypatch.setattr("scd_sf.tools.serve.recording.video_writer", gated)
+    for viewer in range(3):
+        with seated(live) as page:
+            page.say(type="start", prompt=MEADOW, seed=viewer)
+            page.expect("started")
+            play(page, 3)
+            page.say(type="pause", on=True)
+            page.say(type="download")
+            if viewer < 2:
+                until(lambda: chunks == [1])
+                time.sleep(0.3)
+                assert chunks == [1]
+                continue
+            may_go_on.set()
+            until_kind(page, "file")
+            data = page.hear()
+            assert isinstance(data, bytes)
+    manifest = json.loads(zipfile.ZipFile(io.BytesIO(data)).read("manifest.json"))
+    assert manifest["seed"] == 2 and len(chunks) == 2
+    assert chunks[0] == 1 and chunks[1] >= 3
 
 
 STRENGTH = 0.8333  # the second of the tiny student's two levels
@@ -459,9 +502,24 @@ BAD_TEXTS = [
 ]
 
 
-def test_malformed_and_oversized_messages(live: Live) -> None:
+def test_malformed_and_oversized_messages(live: Live, caplog: pytest.LogCaptureFixture) -> None:
     """Each is answered by an error, and the page goes on; one that is too large to be read ends the
-    connection, and the next page plays."""
+    connection, and so does text that is no UTF-8, without a word in the terminal; the next page
+    plays."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
+    for has_seat in (True, False):
+        with seated(live) if has_seat else Talk(live.port, None) as page:
+            if has_seat:
+                page.say(type="start", prompt=MEADOW, seed=2)
+                page.expect("started")
+            page.socket.send(b"a\xff", text=True)
+            with pytest.raises(ConnectionClosed) as closed:
+                while True:
+                    page.hear()
+            assert closed.value.rcvd is not None and closed.value.rcvd.code == 1007
+    monkeypatch.undo()
+    assert caplog.records == []
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
     gif = io.BytesIO()
@@ -487,6 +545,34 @@ def test_malformed_and_oversized_messages(live: Live) -> None:
         page.say(type="start", prompt=MEADOW, seed=2)
         page.expect("started")
         assert play(page, 1) == made(live, 1, MEADOW, 2)
+
+
+def test_a_burst_of_requests(live: Live) -> None:
+    """Of 60 restarts, and of 60 prompts, the last one holds; those before it that were not begun
+    are answered by nothing, and no frame of theirs is sent."""
+    with seated(live) as page:
+        for seed in range(60):
+            page.say(type="start", prompt=MEADOW, seed=seed)
+        started = [page.expect("started")]
+        while started[-1]["seed"] < 59:
+            if isinstance(message := page.hear(), dict) and message["type"] == "started":
+                started.append(message)
+        seeds = [message["seed"] for message in started]
+        assert seeds == sorted(set(seeds))
+        jpegs = list[bytes]()
+        for _ in range(live.generator.ahead):
+            last, frames = page.chunk()
+            jpegs += [data for _, data in frames]
+        time.sleep(1.5)  # until so many more messages are allowed
+        for number in range(60):
+            page.say(type="prompt", prompt=f"{HALL} {number}" if number < 59 else HALL)
+        page.say(type="shown", chunk=last["chunk"])
+        switched = page.expect("switched")
+        assert (switched["frame"], switched["prompt"]) == (len(jpegs), HALL)
+        jpegs += play(page, 3)
+        number = live.generator.ahead + 3
+        changes = {switched["frame"]: (HALL, "keep")}
+        assert jpegs == made(live, number, MEADOW, 59, changes=changes)
 
 
 def test_too_many_messages_end_the_connection(live: Live) -> None:
@@ -541,7 +627,8 @@ def test_watching_along(live: Live) -> None:
             assert page.expect("busy")["may_watch"] is True
         with Talk(live.port, watch=True) as watcher:
             size = {"fps": 16, "width": 32, "height": 32}
-            assert watcher.expect("watching") == {"type": "watching", **size}
+            model = {"model": "student/step_00000000"}
+            assert watcher.expect("watching") == {"type": "watching", **size, **model}
             assert watcher.expect("seat")["is_free"] is False
             assert watcher.expect("started")["prompt"] == MEADOW
             assert viewer.expect("watchers")["count"] == 1
@@ -572,11 +659,14 @@ def test_watching_along(live: Live) -> None:
             assert watcher.chunk() == (head, frames)
             jpegs += [data for _, data in frames]
             assert jpegs == made(live, head["chunk"], MEADOW, 9, changes={switch: (HALL, "keep")})
+            viewer.say(type="pause", on=True)
+            assert watcher.expect("paused")["on"] is True
             with Talk(live.port, watch=True) as late:
-                messages = [late.hear() for _ in range(4)]
+                messages = [late.hear() for _ in range(5)]
                 kinds = [message["type"] for message in messages if isinstance(message, dict)]
-                assert kinds == ["watching", "seat", "started", "switched"]
+                assert kinds == ["watching", "seat", "started", "switched", "paused"]
             viewer.say(type="start", prompt=HALL, seed=10)
+            assert watcher.expect("paused")["on"] is False
             assert watcher.expect("started")["seed"] == 10
             assert [data for _, data in watcher.chunk()[1]] == made(live, 1, HALL, 10)
             viewer.socket.close()
@@ -834,23 +924,33 @@ def generating(maker: ClipMaker) -> Iterator[Generator]:
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_clip_ends(live: Live, overlap: bool) -> None:
     """Without a server, both stages in one thread or in two: the limit of a clip."""
-    short = replace(live.maker, shape=replace(live.maker.shape, frames=2), overlap=overlap)
+    frames = 3 if overlap else 2  # as many as may be ahead: the end is told when one was shown
+    short = replace(live.maker, shape=replace(live.maker.shape, frames=frames), overlap=overlap)
     with generating(short) as generator:
         watched = Watched(generator)
         assert generator.seat(lambda reply, binary: None) is None
         watched.play(0)
-        until(lambda: watched.seat.made == 2)
-        generator.shown(watched.seat, 2)
-        until(lambda: len(watched.said) == 4)
-        assert watched.kinds() == ["Started", "Chunk", "Chunk", "Ended"]
-        assert watched.frames() == made(live, 2, MEADOW, 0)
+        until(lambda: watched.seat.made == frames)
+        generator.change_prompt(watched.seat, ChangePrompt(HALL))  # no chunk is left for it
+        generator.shown(watched.seat, frames)
+        until(lambda: len(watched.said) == frames + 3)
+        assert watched.kinds() == ["Started", *["Chunk"] * frames, "Ended", "Error"]
+        assert watched.said[-1][0] == Error(TOO_LATE)
+        assert watched.frames() == made(live, frames, MEADOW, 0)
+        late: list[Reply] = []
+        generator.audience.join(lambda reply, binary: late.append(reply), Busy(False))
+        assert [type(reply).__name__ for reply in late] == ["Busy", "SeatState", "Started", "Ended"]
         with pytest.raises(UserError, match="nothing is playing; press start first"):
             generator.change_prompt(watched.seat, ChangePrompt(HALL))
         with generator._changed:  # before the thread begins
             watched.play(1)
             generator.change_prompt(watched.seat, ChangePrompt(HALL))
-        until(lambda: len(watched.said) >= 8)
-        assert watched.kinds()[4:8] == ["Started", "Switched", "Chunk", "Chunk"]
+            generator.pause(watched.seat, True)
+        until(lambda: len(late) == 7)
+        assert late[4:] == [Paused(True), late[5], Paused(True)] and isinstance(late[5], Started)
+        generator.pause(watched.seat, False)
+        until(lambda: len(watched.said) >= frames + 7)
+        assert watched.kinds()[frames + 3 :][:4] == ["Started", "Switched", "Chunk", "Chunk"]
 
 
 def test_a_change_is_for_the_clip_that_is_wanted(
@@ -876,6 +976,19 @@ def test_a_change_is_for_the_clip_that_is_wanted(
         until(lambda: watched.seat.made == generator.ahead)
         assert watched.kinds()[:4] == ["Started", "Started", "Switched", "Chunk"]
         assert watched.frames() == made(live, generator.ahead, HALL, 8)
+
+
+def test_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of where it is, however it is named."""
+    step = tmp_path / "run" / "checkpoints" / "step_00000007"
+    step.mkdir(parents=True)
+    (tmp_path / "student.safetensors").touch()
+    assert model_name(tmp_path / "student.safetensors") == "student.safetensors"
+    assert model_name(step) == model_name(step / ".") == "run/step_00000007"
+    assert model_name(tmp_path / "run" / "step_00000007") == "run/step_00000007"
+    assert model_name(Path("/checkpoints/step_00000007")) == "step_00000007"
+    monkeypatch.chdir(step)
+    assert model_name(Path("../step_00000007")) == model_name(Path(".")) == "run/step_00000007"
 
 
 @pytest.mark.gpu

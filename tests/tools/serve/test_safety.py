@@ -131,7 +131,8 @@ def test_a_port_that_browsers_leave_out() -> None:
 
 
 def test_what_waits_is_bounded() -> None:
-    """Also for a page that asks for more while nothing can be sent."""
+    """Also for a page that asks for more while nothing can be sent; of clips that were begun one
+    after the other only the last is left."""
 
     async def check() -> None:
         outbox = Outbox()
@@ -141,5 +142,11 @@ def test_what_waits_is_bounded() -> None:
         await asyncio.sleep(0)
         assert len(outbox._waiting) <= serving.MOST_WAITING + 1
         assert await outbox.next() is None
+        outbox = Outbox()
+        for seed in range(1000):
+            outbox.put(Started(seed, ""))
+        await asyncio.sleep(0)
+        assert await outbox.next() == (Started(999, ""), ())
+        assert not outbox._waiting
 
     asyncio.run(check())

@@ -10,8 +10,11 @@ const waits = [1, 2, 4, 8]; // seconds before it connects again
 
 let socket = null, ready = null, tries = 0, fileName = "", token = "";
 let watching = false; // watches along, or wants to: the clip is another page's
+let hadSeat = false; // and was cut
 let again = 0; // the timer until it connects again
 const WAITING = "Making the first frame ..";
+const PAUSED = "The viewer has paused.";
+const LOST = "The seat is taken: by somebody else, or for some seconds by the lost connection of this page. It tries again by itself.";
 let playing = false, paused = false, hasPicture = false;
 let isSending = false, hasClip = false; // a start image is on its way; there is something to download
 let clip = 0; // counts the clips of this page: pictures of an earlier one are not shown
@@ -64,7 +67,7 @@ function connect(watch = watching) {
       message("Too many watch along. This page waits for the seat.");
       watching = false;
       buttons();
-    } else if (event.code === 1013) message("Somebody else is watching. This page tries again by itself.");
+    } else if (event.code === 1013) message(hadSeat ? LOST : "Somebody else has the seat. This page tries again by itself.");
     else if (event.code === 1008 && !wasReady) {
       message("Refused: open the whole address that the server printed, with its token.");
       return;
@@ -81,7 +84,7 @@ function connectAs(watch) {
   }
   ready = null;
   reset();
-  playing = hasClip = false;
+  playing = hasClip = hadSeat = false;
   withoutPicture();
   stopCamera();
   for (const figure of document.querySelectorAll("#figures dd")) figure.textContent = "-";
@@ -102,6 +105,8 @@ function hear(reply) {
     at("picture").width = reply.width;
     at("picture").height = reply.height;
     at("picture").classList.toggle("small", reply.width < 320);
+    at("model").textContent = reply.model;
+    hadSeat = !watching;
     message(watching ? "You watch along. Nothing plays yet." : "Type a prompt and press Start.");
     config = null;
     noH264 = "watching along";
@@ -115,10 +120,11 @@ function hear(reply) {
     at("watch").hidden = !reply.may_watch;
   } else if (reply.type === "seat") {
     at("take").hidden = !reply.is_free;
-    if (reply.is_free) {
-      playing = false;
-      said("Nobody has the seat: take it, or wait for the next clip.");
-    }
+    if (reply.is_free) playing = false;
+    if (reply.is_free && at("message").textContent === PAUSED) message("");
+    said(reply.is_free ? "Nobody has the seat: take it, or wait for the next clip." : "Somebody has the seat; what it plays is shown here.");
+  } else if (reply.type === "paused") {
+    message(reply.on ? PAUSED : "");
   } else if (reply.type === "missed") {
     said(`This page is slower than the video: ${reply.chunks} chunks were left out.`);
   } else if (reply.type === "watchers") {
@@ -141,6 +147,7 @@ function hear(reply) {
   } else if (reply.type === "ended") {
     playing = fromCamera = false;
     said(`The clip is complete: ${reply.frames} frames.`);
+    if (watching && !due && !buffer.length) message("This clip is over; the next one is shown here.");
   } else if (reply.type === "picture") {
     hasPicture = true;
     isSending = false;
@@ -435,12 +442,17 @@ at("strength").addEventListener("input", () => { at("level").textContent = stren
 at("strength").addEventListener("change", () => { if (fromCamera) send({ type: "strength", strength: strength() }); });
 at("without").addEventListener("click", () => { withoutPicture(); buttons(); });
 at("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); change(); }
+  if (event.key !== "Enter" || event.shiftKey) return;
+  event.preventDefault();
+  if (!event.repeat) change();
 });
 document.addEventListener("keydown", (event) => {
+  if (event.repeat && event.key === "Enter" && event.target.matches("button")) event.preventDefault(); // held down it asks once
   if (event.target.matches("textarea, input, select, button") || event.ctrlKey || event.metaKey || event.altKey) return;
   const action = { " ": pause, r: start, "/": () => at("prompt").focus(), f: () => at("stage").requestFullscreen() }[event.key.toLowerCase()];
-  if (action) { event.preventDefault(); action(); }
+  if (!action) return;
+  event.preventDefault();
+  if (!event.repeat) action();
 });
 
 takeToken();
