@@ -249,6 +249,63 @@ def test_busy_a_cut_and_a_phone(live: Live, browser: Browser) -> None:
     visit.context.close()
 
 
+def test_the_seat_is_taken_during_a_cut(live: Live, browser: Browser) -> None:
+    """The viewer who was cut is told so and waits; who watched along plays; then the other way
+    round, by itself."""
+    url = f"http://127.0.0.1:{live.port}/"
+    cut, other = Visit(browser, url), Visit(browser, url)
+    cut.until("document.body.dataset.ready === 'true'")
+    cut.page.locator("#start").click()
+    cut.until(f"{FRAME} >= 4")
+    other.until(f"{MESSAGE}.startsWith('Somebody else has the seat')")
+    other.page.locator("#watch").click()
+    other.until(f"{FRAME} >= 4")
+    cut.ask("waits[0] = 3, waits[3] = 2, socket.close()")
+    other.until("!document.getElementById('take').hidden")
+    assert other.ask(SAID).startswith("Nobody has the seat")
+    other.page.locator("#take").click()
+    other.until("document.body.dataset.ready === 'true'")
+    cut.until(f"{MESSAGE}.startsWith('The seat is taken: by somebody else')")
+    assert cut.page.locator("#start").is_disabled() and cut.page.locator("#watch").is_visible()
+    other.ask("window.frames_shown.length = 0")
+    other.page.locator("#start").click()
+    other.until("window.frames_shown.length > 4 && window.frames_shown[0] === 0")
+    assert cut.ask("ready") is None and len(live.generator.audience) == 0
+    other.context.close()
+    cut.until(f"{MESSAGE} === 'Type a prompt and press Start.'")
+    cut.ask("window.frames_shown.length = 0")
+    cut.page.locator("#start").click()
+    cut.until("window.frames_shown.length > 4 && window.frames_shown[0] === 0")
+    assert cut.complaints == other.complaints == []
+
+
+def test_a_key_that_is_held_asks_once(live: Live, browser: Browser) -> None:
+    visit = Visit(browser, f"http://127.0.0.1:{live.port}/")
+    visit.until("document.body.dataset.ready === 'true'")
+    visit.ask(
+        "(() => { const plain = send; window.sent = []; "
+        "send = (one) => { sent.push(one.type); plain(one); }; })()"
+    )
+    keyboard, asked = visit.page.keyboard, "window.sent.filter((type) => type === '{}').length"
+
+    def hold(key: str) -> None:
+        for _ in range(5):
+            keyboard.down(key)
+        keyboard.up(key)
+
+    hold("r")
+    visit.until(f"{FRAME} >= 4")
+    assert visit.ask(asked.format("start")) == 1
+    hold(" ")
+    assert visit.ask(asked.format("pause")) == 1 and visit.ask("paused")
+    visit.page.locator("#prompt").focus()
+    hold("Enter")
+    assert visit.ask(asked.format("prompt")) == 1
+    visit.page.locator("#start").focus()
+    hold("Enter")
+    assert visit.ask(asked.format("start")) == 2
+
+
 def frames_of(live: Live, prompt: str, seed: int, last: int) -> np.ndarray:
     """Frames (F, H, W, 3) uint8 of generate(), up to number ``last``."""
     maker, latent_frames = live.maker, (last + 3) // 4 + 1
@@ -345,8 +402,25 @@ def test_a_second_page_watches_along(live: Live, browser: Browser) -> None:
     assert visit.page.locator("#controls").is_hidden()
     assert visit.ask("document.documentElement.scrollWidth <= window.innerWidth")
     viewer.until("document.getElementById('watchers').textContent === '1 watches along'")
+    for one in (viewer, visit):  # on a desktop and on a phone
+        assert one.page.locator("#model").is_visible()
+        assert one.page.locator("#model").text_content() == "student/step_00000000"
+    viewer.page.locator("#pause").click()
+    visit.until(f"{MESSAGE} === 'The viewer has paused.'")
+    late = Visit(browser, url)
+    late.until("!document.getElementById('watch').hidden")
+    late.page.locator("#watch").click()
+    late.until(f"{MESSAGE} === 'The viewer has paused.'")
+    assert late.ask(SAID) == f"seed 0: {HOSTILE}"
+    late.context.close()
+    visit.ask("window.frames_shown.length = 0")
+    viewer.page.locator("#pause").click()
+    visit.until(f"{MESSAGE} === '' && window.frames_shown.length > 4")
+    viewer.page.locator("#pause").click()
+    visit.until(f"{MESSAGE} === 'The viewer has paused.'")
     viewer.context.close()
     visit.until("!document.getElementById('take').hidden")
+    assert visit.ask(MESSAGE) == ""
     visit.page.locator("#take").click()
     visit.until("document.body.dataset.ready === 'true'")
     assert visit.page.locator("#download").is_disabled(), "the clip was another page's"
