@@ -88,7 +88,7 @@ class Distillation:
     prompts: Prompts
     reads: Prefetch[Conditioning]
     sampler: FewStepSampler
-    latent: tuple[int, int, int, int]
+    latent_shape: tuple[int, int, int, int]
     student: Engine
     critic: Engine
     teacher: torch.nn.Module
@@ -193,7 +193,9 @@ class Distillation:
             )
         )
         rng = generator(seed, name, "noise", step, turn, number)
-        noise = on_device(torch.randn((cond.batch, *self.latent), generator=rng), self.ranks.device)
+        noise = on_device(
+            torch.randn((cond.batch, *self.latent_shape), generator=rng), self.ranks.device
+        )
         x_0: Tensor = self.student(noise, cond, exit_step, rng)
         return x_0
 
@@ -252,7 +254,7 @@ def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) ->
 
 
 def check(
-    cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape, prompts: Prompts
+    cfg: Stage3Config, ranks: Ranks, student: Student, shape: VideoShape, prompts: Prompts
 ) -> None:
     """UserError for shapes, text states or batch sizes that do not fit the student and both Wans,
     before anything is written."""
@@ -260,22 +262,22 @@ def check(
         wan = read_wan_config(Path(path))
         place = f"video, for {name} {path}"
         check_shape(
-            latent, place, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk
+            shape, place, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk
         )
         check_text(prompts, wan.text_dim)
     check_batches(cfg.train, ranks, len(prompts), prompts.where)
 
 
 def model_flops(
-    cfg: Stage3Config, student: ModelConfig, latent: VideoShape, prompts: Prompts
+    cfg: Stage3Config, student: ModelConfig, shape: VideoShape, prompts: Prompts
 ) -> float:
     """FLOPs of one step, of all ranks together."""
     teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
-    return PlanJob(cfg, student, latent, teacher, critic, prompts.length).model_flops()
+    return PlanJob(cfg, student, shape, teacher, critic, prompts.length).model_flops()
 
 
 def build(
-    cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, latent: VideoShape
+    cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, shape: VideoShape
 ) -> Distillation:
     """The three engines and the prompts, ready to train."""
     sampler, ranks = FewStepSampler(cfg.sampler.times), run.ranks
@@ -306,20 +308,29 @@ def build(
     files = open_wan(Path(cfg.teacher))
     weights = {name: tensor.read for name, tensor in files.tensors.items()}
     teacher = frozen_engine(lambda: Wan(files.config), weights, cfg.teacher_engine, ranks)
-    shape = (latent.frames, latent.channels, latent.height, latent.width)
+    latent_shape = (shape.frames, shape.channels, shape.height, shape.width)
     reads = Prefetch(prompts.conditioning, cfg.train.prefetch, threads=1)
     return Distillation(
-        cfg, run, ranks, prompts, reads, sampler, shape, student_engine, critic_engine, teacher
+        cfg,
+        run,
+        ranks,
+        prompts,
+        reads,
+        sampler,
+        latent_shape,
+        student_engine,
+        critic_engine,
+        teacher,
     )
 
 
-def preview_of(distillation: Distillation, base: str, latent: VideoShape) -> Preview:
+def preview_of(distillation: Distillation, base: str, shape: VideoShape) -> Preview:
     """The preview that makes validation videos of the first and the middle prompt."""
     indices = [0, len(distillation.prompts) // 2]
     return Preview(
         base,
         distillation.reads.batch(indices),
-        latent,
+        shape,
         distillation.sampler,
         distillation.run.dir / "videos",
         texts=distillation.prompts.texts(indices),
@@ -335,16 +346,16 @@ def main() -> None:
     cfg = dataclasses.replace(given, teacher=teacher, critic=critic)
     init = ranks.checkpoint(cfg.init, "ema")
     student, parent = load_student(init, "ema")
-    latent = cfg.video.shape(parent.model.wan.in_channels)
+    shape = cfg.video.shape(parent.model.wan.in_channels)
     prompts = open_prompts(
         Path(cfg.prompts), cfg.text, (cfg.teacher, cfg.critic), cfg.negative_prompt, ranks.device
     )
-    check(cfg, ranks, student, latent, prompts)
+    check(cfg, ranks, student, shape, prompts)
     run = Run(cfg.run, ranks, config=given, may_change=(*RESUMABLE, "preview"))
-    run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
+    run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(shape)
     if cfg.run.peak_tflops and ranks.is_main:
-        run.flops_per_step = model_flops(cfg, parent.model, latent, prompts)
-    distillation = build(cfg, run, student, prompts, latent)
+        run.flops_per_step = model_flops(cfg, parent.model, shape, prompts)
+    distillation = build(cfg, run, student, prompts, shape)
     description = to_yaml(
         dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base))
     )
@@ -358,7 +369,7 @@ def main() -> None:
             "teacher": cfg.teacher,
             "critic": cfg.critic,
             "negative_prompt": prompts.negative_prompt,
-            "video": pixel_shape(latent),
+            "video": pixel_shape(shape),
             CLIP_STATISTICS: clip_statistics_of(init),
             **cfg.loss.guidance.logs(),
         },
@@ -366,10 +377,10 @@ def main() -> None:
     engines = {"model": distillation.student, "critic": distillation.critic}
     ema, ema_model = Ema(cfg.train.ema, ranks), build_student(parent.model)
     checkpointer = Checkpointer(run, cfg.train, engines, ema, description, origin)
-    preview = preview_of(distillation, parent.base, latent)
+    preview = preview_of(distillation, parent.base, shape)
     start = checkpointer.resume()
     words = stage3_words(
-        cfg, checkpointer, start, init, parent.model.family, prompts, latent, distillation.teacher
+        cfg, checkpointer, start, init, parent.model.family, prompts, shape, distillation.teacher
     )
     if start == 0:
         ema_model.load_state_dict(distillation.student.fp32_masters())

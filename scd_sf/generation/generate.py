@@ -242,8 +242,8 @@ def first_chunk(pixel_frame: int, temporal: int, chunk: int, num_known: int = 0)
 
     The first latent frame is pixel frame 0, each later one is ``temporal`` of them.
     """
-    latent = math.ceil((pixel_frame - 1) / temporal) + 1 if pixel_frame > 0 else 0
-    return max(0, math.ceil((latent - num_known) / chunk))
+    latent_frames = math.ceil((pixel_frame - 1) / temporal) + 1 if pixel_frame > 0 else 0
+    return max(0, math.ceil((latent_frames - num_known) / chunk))
 
 
 def first_frame(latent: int, temporal: int) -> int:

@@ -82,10 +82,10 @@ class Guided:
         return self.student.chunk
 
     def start(
-        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+        self, cond: Conditioning, latent_size: tuple[int, int], cache: CacheConfig | None = None
     ) -> Stream:
         """As the student's, of 2B rows: B under ``cond``, then B under ``null``."""
-        return self.student.start(both_prompts(cond, self.null), latent, cache)
+        return self.student.start(both_prompts(cond, self.null), latent_size, cache)
 
     def switch(self, stream: Stream, cond: Conditioning) -> Stream:
         """The student's ``switch`` with 2B rows of conditions."""
@@ -124,10 +124,10 @@ class GuidedDecoder:
         return self.guidance.corruption != 1.0
 
     def start(
-        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+        self, cond: Conditioning, latent_size: tuple[int, int], cache: CacheConfig | None = None
     ) -> Stream:
         """As the student's, whose decoder has 2B rows."""
-        return self._decoder_rows(self.student.start(cond, latent, cache), cond)
+        return self._decoder_rows(self.student.start(cond, latent_size, cache), cond)
 
     def switch(self, stream: Stream, cond: Conditioning) -> Stream:
         """The student's ``switch``; the decoder gets 2B rows of conditions."""

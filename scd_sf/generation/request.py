@@ -188,10 +188,10 @@ def unusual(
     video = origin.get("video")
     trained_frames = video.get("frames") if isinstance(video, dict) else None
     if isinstance(trained_frames, int) and shape.pixel_frames > trained_frames and not window:
-        latent = 1 + (trained_frames - 1) // shape.temporal
+        latent_frames = 1 + (trained_frames - 1) // shape.temporal
         remarks.append(
             f"{shape.pixel_frames} frames are more than the {trained_frames} of training: without a window the picture "
-            f"may drift; window and sink of together {latent} latent frames are what was trained"
+            f"may drift; window and sink of together {latent_frames} latent frames are what was trained"
         )
     return remarks
 

@@ -49,11 +49,11 @@ def stream_rollout(
     x_T = next(chunks, None)
     if x_T is None:
         return
-    placeholder, latent = x_T, (x_T.shape[-2], x_T.shape[-1])
+    placeholder, latent_size = x_T, (x_T.shape[-2], x_T.shape[-1])
 
     def begin(cond: Conditioning, known: Iterable[Tensor]) -> tuple[Stream, Tensor | None]:
         """A stream that has read all but the last of these chunks, and the last one."""
-        stream, last = generator.start(cond, latent, cache), None
+        stream, last = generator.start(cond, latent_size, cache), None
         for known_chunk in known:
             stream, last = generator.advance(stream, last, placeholder), known_chunk
         return stream, last

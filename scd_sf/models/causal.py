@@ -40,7 +40,7 @@ class CausalStream:
     text: Text
     signal: Tensor | None
     cache: Cache
-    latent: tuple[int, int]
+    latent_size: tuple[int, int]
     index: int = -1
 
 
@@ -140,12 +140,19 @@ class Causal(nn.Module):
         return trunk.velocity(tokens, times.temb, *x_t.shape[-2:])
 
     def start(
-        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+        self, cond: Conditioning, latent_size: tuple[int, int], cache: CacheConfig | None = None
     ) -> CausalStream:
         history = new_history(
-            self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, chunks_per_pass=1
+            self,
+            self.replay,
+            self.cfg,
+            cache,
+            cond.batch,
+            latent_size,
+            self.chunk,
+            chunks_per_pass=1,
         )
-        return self.switch(CausalStream((), None, history, latent), cond)
+        return self.switch(CausalStream((), None, history, latent_size), cond)
 
     def switch(self, stream: CausalStream, cond: Conditioning) -> CausalStream:
         def step(text_BLE: Tensor) -> Text:
@@ -162,7 +169,7 @@ class Causal(nn.Module):
         stream = replace(stream, index=stream.index + 1)
         if x_0 is None:
             return stream
-        tokens = x_0.shape[1] * self.cfg.tokens(*stream.latent)
+        tokens = x_0.shape[1] * self.cfg.tokens(*stream.latent_size)
 
         def write(
             x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None
@@ -185,7 +192,7 @@ class Causal(nn.Module):
         def step(
             x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None
         ) -> Tensor:
-            attend = Streaming(stream.cache, (x.shape[1] * self.cfg.tokens(*stream.latent),))
+            attend = Streaming(stream.cache, (x.shape[1] * self.cfg.tokens(*stream.latent_size),))
             velocity: Tensor = self(x, t_BF, text, rotary, attend, signal)
             return velocity
 
@@ -197,5 +204,5 @@ class Causal(nn.Module):
     ) -> tuple[Tensor, Tensor, Text, Rotary, Tensor | None]:
         """Inputs of one pass over chunk ``index``: latents, times, text, positions, signal."""
         frames = chunk_frames([index], self.chunk)
-        rotary = self.trunk.rope(frames, *stream.latent, x)
+        rotary = self.trunk.rope(frames, *stream.latent_size, x)
         return x, t_BF, stream.text, rotary, pick_frames(stream.signal, frames)

@@ -8,7 +8,7 @@ frames, denoised together. There are two ways through a student, and tests hold 
   mask.
 - Rollout (sampling, stage 3), chunk by chunk, with a cache in the mask's place:
 
-      stream = generator.start(cond, latent)
+      stream = generator.start(cond, latent_size)
       for each chunk:
           stream = generator.advance(stream, x_0 of the chunk before, query_noise)   # once per chunk
           x_0 = sampler(x_t -> generator.denoise(stream, x_t, t))                    # S calls per chunk
@@ -70,9 +70,9 @@ class FrameStreamer(Protocol):
         ...
 
     def start(
-        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+        self, cond: Conditioning, latent_size: tuple[int, int], cache: CacheConfig | None = None
     ) -> Stream:
-        """A new stream of B videos: ``cond`` has B rows, latent frames are ``latent`` = (H, W).
+        """A new stream of B videos: ``cond`` has B rows, latent frames are ``latent_size`` = (H, W).
 
         ``cache``: how much history is kept, and where (None: all of it, for training).
         """

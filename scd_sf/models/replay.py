@@ -218,7 +218,7 @@ def new_history(
     cfg: TrunkConfig,
     config: CacheConfig | None,
     batch: int,
-    latent: tuple[int, int],
+    latent_size: tuple[int, int],
     chunk: int,
     *,
     chunks_per_pass: int,
@@ -228,10 +228,10 @@ def new_history(
 
     A forward reads it with up to ``chunks_per_pass`` chunks of ``chunk`` new frames.
     """
-    history = new_cache(config, cfg.tokens(*latent), cfg.rope_axes, chunks_per_pass * chunk)
+    history = new_cache(config, cfg.tokens(*latent_size), cfg.rope_axes, chunks_per_pass * chunk)
     if replay is not None:
         lengths = (config or CacheConfig()).num_lengths(chunk)
-        replay.lend_buffers(history, (batch, latent, config), lengths, model)
+        replay.lend_buffers(history, (batch, latent_size, config), lengths, model)
     return history
 
 

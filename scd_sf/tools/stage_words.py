@@ -101,11 +101,11 @@ def stage3_words(
     init: Path,
     family: str,
     prompts: Prompts,
-    latent: VideoShape,
+    shape: VideoShape,
     teacher: nn.Module,
 ) -> StageWords:
     """Says what stage 3 trains after ``start`` updates. ``family``: of the student in ``init``."""
-    run, size = checkpointer.run, pixel_shape(latent)
+    run, size = checkpointer.run, pixel_shape(shape)
     summary = Summary(
         checkpointer,
         start,

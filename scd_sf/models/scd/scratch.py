@@ -81,7 +81,7 @@ class ScratchStream:
     encoder_signal: Tensor | None
     decoder_signal: Tensor | None
     cache: Cache
-    latent: tuple[int, int]
+    latent_size: tuple[int, int]
     index: int = -1
     temb: Tensor | None = None
     context: Context | None = None
@@ -193,12 +193,19 @@ class ScdScratch(nn.Module):
         return self.start_token.expand(batch, length, -1)
 
     def start(
-        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+        self, cond: Conditioning, latent_size: tuple[int, int], cache: CacheConfig | None = None
     ) -> ScratchStream:
         history = new_history(
-            self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, chunks_per_pass=2
+            self,
+            self.replay,
+            self.cfg,
+            cache,
+            cond.batch,
+            latent_size,
+            self.chunk,
+            chunks_per_pass=2,
         )
-        return self.switch(ScratchStream(cond.text_BLE, None, None, history, latent), cond)
+        return self.switch(ScratchStream(cond.text_BLE, None, None, history, latent_size), cond)
 
     def switch(self, stream: ScratchStream, cond: Conditioning) -> ScratchStream:
         signal = self.encoder.signal(cond)
@@ -226,7 +233,7 @@ class ScdScratch(nn.Module):
         Of ``query_noise`` (B, n, C, H, W) only shape and dtype are read.
         """
         frames = chunk_frames([stream.index + 1], self.chunk)
-        length = len(frames) * self.cfg.tokens(*stream.latent)
+        length = len(frames) * self.cfg.tokens(*stream.latent_size)
         t = self.encoder.clean_times(query_noise.shape[:2], query_noise)
         start = self._start_tokens(len(query_noise), length)
         x = start if x_0 is None else x_0.detach().to(query_noise.dtype)
@@ -239,7 +246,7 @@ class ScdScratch(nn.Module):
             c_BLE, temb = self(tokens, t, text, rotary, attend, signal)
             return c_BLE, temb, stream.cache.write(attend.take())
 
-        rotary = self.encoder.rope(frames, *stream.latent, query_noise)
+        rotary = self.encoder.rope(frames, *stream.latent_size, query_noise)
         inputs = x, t, stream.text, rotary, pick_frames(stream.encoder_signal, frames)
         c_BLE, temb, new_kv = run_step(self.replay, "encode", stream.cache.place, step, *inputs)
         cache = stream.cache.grown(new_kv, length)

@@ -46,7 +46,7 @@ class WanStream:
     encoder_text: Text
     decoder_text: Text
     cache: Cache
-    latent: tuple[int, int]
+    latent_size: tuple[int, int]
     index: int = -1
     context: Context | None = None
 
@@ -141,12 +141,19 @@ class ScdWan(nn.Module):
         return out[:, frames * tokens :]
 
     def start(
-        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+        self, cond: Conditioning, latent_size: tuple[int, int], cache: CacheConfig | None = None
     ) -> WanStream:
         history = new_history(
-            self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, chunks_per_pass=2
+            self,
+            self.replay,
+            self.cfg,
+            cache,
+            cond.batch,
+            latent_size,
+            self.chunk,
+            chunks_per_pass=2,
         )
-        return self.switch(WanStream((), (), history, latent), cond)
+        return self.switch(WanStream((), (), history, latent_size), cond)
 
     def switch(self, stream: WanStream, cond: Conditioning) -> WanStream:
         text = self._text_kv("encoder's text", self.encoder, cond)
@@ -174,7 +181,7 @@ class ScdWan(nn.Module):
         """The encoder's part of :meth:`advance`: x_0 joins the history; the next chunk's c (B, L,
         E)."""
         index, n = stream.index + 1, query_noise.shape[1]
-        length = n * self.cfg.tokens(*stream.latent)
+        length = n * self.cfg.tokens(*stream.latent_size)
         ones = query_noise.new_ones(query_noise.shape[:2])
         if x_0 is None:
             x, t, positions, groups = query_noise, ones, range(n), [length]
@@ -190,7 +197,7 @@ class ScdWan(nn.Module):
             c_BLE: Tensor = self.encoder(x, t, text, rotary, attend, keep=n)
             return c_BLE, stream.cache.write(attend.take())
 
-        inputs = x, t, stream.encoder_text, self.encoder.rope(positions, *stream.latent, x)
+        inputs = x, t, stream.encoder_text, self.encoder.rope(positions, *stream.latent_size, x)
         c_BLE, new_kv = run_step(self.replay, "encode", stream.cache.place, step, *inputs)
         cache = stream.cache.grown(new_kv, sum(groups[:-1]))
         return replace(stream, cache=cache, index=index, context=None), c_BLE
