@@ -37,6 +37,7 @@ from scd_sf.files import (
     files_below,
     fsync,
     fsync_tree,
+    parse_json,
     read_json,
     read_text,
     sha256_bytes,
@@ -403,13 +404,15 @@ def _write_contents(
     config_yaml: str,
     record: Mapping[str, object],
 ) -> None:
+    provenance = json.dumps(dict(record), indent=1, default=str) + "\n"
+    parse_json(provenance, PROVENANCE, "nothing is saved that could not be read again")
     for name, tensors in files.items():
         write_tensors(
             partial / (name if name.endswith(".safetensors") else f"{name}.safetensors"),
             _saveable(tensors),
         )
     write_text(partial / CONFIG, config_yaml)
-    write_text(partial / PROVENANCE, json.dumps(dict(record), indent=1, default=str) + "\n")
+    write_text(partial / PROVENANCE, provenance)
     if not any((partial / STATE).iterdir()):
         (partial / STATE).rmdir()
 

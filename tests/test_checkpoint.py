@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -22,8 +23,9 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"w": torch.full((3, 2), float(step)), "b": torch.arange(4, dtype=torch.bfloat16)}
 
 
-def save(store: Checkpoints, step: int) -> Path:
-    record = provenance(stage="test", step=step, seed=7, data_hash="abc", extra={"updates": step})
+def save(store: Checkpoints, step: int, **more: object) -> Path:
+    extra = {"updates": step, **more}
+    record = provenance(stage="test", step=step, seed=7, data_hash="abc", extra=extra)
 
     def state(path: Path) -> None:
         (path / "engine").mkdir()
@@ -159,6 +161,16 @@ def test_a_saved_step_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already saved"):
         save(store, 3)
     verify(path)
+
+
+def test_provenance_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    """NaN is no JSON: the checkpoint would be refused by every reader."""
+    store = Checkpoints(tmp_path)
+    for fault in ({"range": [0.0, math.nan]}, {"name": "\ud800"}):
+        with pytest.raises(UserError, match=r"provenance\.json: not JSON .* could not be read"):
+            save(store, 3, **fault)
+    assert store.newest() is None
+    verify(save(store, 3, range=[0.0, 1.0], name="grün"))
 
 
 def test_prune_keeps_the_newest_intact(tmp_path: Path) -> None:
