@@ -60,8 +60,8 @@ def read_pictures(path: Path, size: tuple[int, int], fps: float, where: str) -> 
 
 
 def count_pictures(path: Path, size: tuple[int, int], fps: float, where: str) -> int:
-    """How many :func:`read_pictures` gives. All of the file is decoded, so that damage shows before
-    a model works on it. UserError: no video, or one that cannot be read."""
+    """How many :func:`read_pictures` gives. All of them are decoded, so that damage and transparent
+    parts show before a model works on them. UserError: no video, or one that cannot be read."""
     if path.suffix.lower() not in VIDEOS:
         raise UserError(f"{where}: is no video by its name; use {', '.join(VIDEOS)}")
     from scd_sf.data.sources.video_reader import at_rate, check_crop, pictures, video_info
@@ -69,7 +69,7 @@ def count_pictures(path: Path, size: tuple[int, int], fps: float, where: str) ->
     info = video_info(path, where, REMEDY)  # refuses frames that stand for very long
     check_crop(info.height, info.width, *size, where)
     with foreign(where, "write it again with timestamps"):
-        return sum(1 for _ in at_rate(pictures(path, where, REMEDY), fps))
+        return sum(len(p.pixels) > 0 for p in at_rate(pictures(path, where, REMEDY), fps))
 
 
 def picture_pixels(picture: object, size: tuple[int, int], where: str) -> Tensor:

@@ -19,6 +19,7 @@ from scd_sf.distributed import Ranks
 from scd_sf.files import locked, read_json, require_own_folder, safe_path, typed, write_json
 from scd_sf.generation.folder import (
     DONE,
+    FROM_VIDEO,
     INDEX,
     finished_videos,
     make,
@@ -84,8 +85,8 @@ def make_again(
             f"{str(recorded_weights)[:16]}..; give the step of then as --checkpoint"
         )
     video_generator, settings = open_generator(cfg, ranks.device, weights)
-    if "from_video" in _settings(folder):
-        settings["from_video"] = video_generator.input_settings()
+    if FROM_VIDEO in _settings(folder):
+        settings[FROM_VIDEO] = video_generator.input_settings()
     if settings.get("decoder_sha256") != _settings(folder).get("decoder_sha256"):
         raise UserError(
             f"{cfg.decoder}: is another file than {folder / INDEX} was made with; put that one back"
@@ -164,7 +165,11 @@ def _config(
                     f"{folder / INDEX}: settings: {name} has {len(values)} numbers, not {len(fields)}; {REMEDY}"
                 )
             tree |= dict(zip(fields, values, strict=True))
-    from_video = stored.get("from_video")
+    from_video = stored.get(FROM_VIDEO)
+    if record.video and not isinstance(from_video, dict):
+        raise UserError(
+            f"{folder / INDEX}: settings: has no {FROM_VIDEO}, so with what strength is not known; {REMEDY}"
+        )
     if isinstance(from_video, dict):  # 0 frames: as many as the file gives
         tree |= {name: from_video.get(name) for name in ("strength", "frames")}
     guidance = stored.get("guidance")

@@ -34,31 +34,43 @@ from scd_sf.types import UserError, plural, say
 
 INDEX = "manifest.json"
 DONE = ".done"
+FROM_VIDEO = "from_video"  # the setting of videos that are made from a video, where there is one
 
 
-def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
-    """Make the folder, or check that it holds videos of the same settings. UserError where another
-    run's, or somebody's, files would be overwritten."""
+def open_sample_folder(out: Path, settings: dict[str, object]) -> dict[str, object]:
+    """Make the folder, or check that it holds videos of the same settings. Returns the settings of
+    all its videos: those of input videos (``FROM_VIDEO``), too, where only an earlier run had some.
+    UserError where another run's, or somebody's, files would be overwritten."""
     file = out / INDEX
     if file.is_file():
-        old_settings = read_json(file, "use another out=").get("settings")
+        content = read_json(file, "use another out=")
+        old_settings = content.get("settings")
         if not isinstance(old_settings, dict):
             raise UserError(f"{file}: not a sample manifest; use another out=")
         old_settings = stored_settings(SampleConfig, old_settings, str(file))
-        changes = differences({name: old_settings.get(name) for name in settings}, settings)
+        is_first = FROM_VIDEO in settings and FROM_VIDEO not in old_settings
+        new_settings = {
+            n: value for n, value in settings.items() if n != FROM_VIDEO or not is_first
+        }
+        changes = differences({name: old_settings.get(name) for name in new_settings}, new_settings)
         if changes:
             name, (old, new) = next(iter(changes.items()))
             raise UserError(
                 f"{file}: {name} is {old!r} there but {new!r} now; "
                 "nothing is overwritten: use another out="
             )
-        return
+        if is_first:  # before a video is made, so that no other run has another
+            write_json(file, {**content, "settings": settings})
+        elif FROM_VIDEO in old_settings:
+            return {**settings, FROM_VIDEO: old_settings[FROM_VIDEO]}
+        return settings
     try:
         if others_in(out):
             raise UserError(
                 f"{out}: holds files but no {INDEX}; nothing is overwritten: use another out="
             )
         write_json(file, {"settings": settings, "videos": {}})
+        return settings
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
 
@@ -169,7 +181,7 @@ def make_videos(
     checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
     video_generator, settings = open_generator(cfg, ranks.device, checkpoint)
     if any(video.row.video for video in videos):
-        settings["from_video"] = inputs = video_generator.input_settings()
+        settings[FROM_VIDEO] = inputs = video_generator.input_settings()
         if ranks.is_main:
             say(
                 f"strength {inputs['strength']:.4g}: begins with noise {inputs['noise']:.4g}, {inputs['steps']} of "
@@ -183,7 +195,7 @@ def make_videos(
     with ExitStack() as locks:
         ranks.on_main(lambda: require_own_folder(out, [INDEX]))
         ranks.on_main(lambda: locks.enter_context(locked(out, "samples")))
-        ranks.on_main(lambda: open_sample_folder(out, settings))
+        settings = ranks.on_main(lambda: open_sample_folder(out, settings))
         if ranks.is_main:
             for remark in video_generator.remarks(videos):
                 say(remark)
@@ -199,7 +211,8 @@ def check_requests(video_generator: VideoGenerator, videos: Sequence[VideoReques
         shape = video_generator.shape_of(video)
         frames = [frame for frame, _ in video.row.then]
         num_known = video_generator.known_frames(video)
-        check_changes(frames, shape, video_generator.student.chunk, num_known)
+        where = f"{video.file}, {video.row.prompt[:40]!r}: then"
+        check_changes(frames, shape, video_generator.student.chunk, num_known, where)
 
 
 def make_missing(

@@ -42,7 +42,9 @@ def check_whole(numbers: Mapping[str, object]) -> None:
             raise UserError(f"{name} is {value!r}; give a whole number")
 
 
-def check_changes(frames: Iterable[int], shape: VideoShape, chunk: int, num_known: int = 0) -> None:
+def check_changes(
+    frames: Iterable[int], shape: VideoShape, chunk: int, num_known: int = 0, where: str = "then"
+) -> None:
     """``frames``: pixel frames from which a clip, the first ``num_known`` latent frames of which are
     there already, has other prompts. UserError for one that would not be seen: after the clip's
     last chunk begins, or for the same chunk as the next one."""
@@ -52,15 +54,15 @@ def check_changes(frames: Iterable[int], shape: VideoShape, chunk: int, num_know
         number = first_chunk(frame, shape.temporal, chunk, num_known)
         if number >= chunks:
             raise UserError(
-                f"then: frame {frame} is too late: no other prompt can begin after frame "
+                f"{where}: frame {frame} is too late: no other prompt can begin after frame "
                 f"{first_frame(shape.frames - chunk, shape.temporal)} of the clip's {shape.pixel_frames} frames; ask "
                 "for more with frames=, or leave that prompt out"
             )
         if before is not None and before[1] == number:
             begin = first_frame(num_known + number * chunk, shape.temporal)
             raise UserError(
-                f"then: the prompts of frames {before[0]} and {frame} would both begin with frame {begin}, where the "
-                "next frames are made; leave one out"
+                f"{where}: the prompts of frames {before[0]} and {frame} would both begin with frame {begin}, where "
+                "the next frames are made; leave one out"
             )
         before = frame, number
 

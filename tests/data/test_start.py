@@ -208,3 +208,26 @@ def test_pictures_in_memory_and_long_ones(tmp_path: Path) -> None:
     Image.new("RGB", (1, 30000)).save(tmp_path / "strip.png")
     with pytest.raises(UserError, match="a picture of 1x30000 is too long for 480x480"):
         read_start(tmp_path / "strip.png", (480, 480), 4, 8)
+
+
+def test_an_input_videos_frames_are_counted_as_they_are_read(tmp_path: Path) -> None:
+    """Short, long, of other rates, odd and upright sizes; transparent parts at the end alone are
+    refused before the first frame is read."""
+    for number, rate, size, expected in (
+        (1, 16, (32, 48), 1),
+        (60, 30, (32, 48), 32),
+        (24, 12, (32, 48), 32),
+        (20, 16, (77, 31), 20),
+        (9, 25, (101, 77), 6),
+    ):
+        pictures = [np.full((*size, 3), 9 * i % 256, np.uint8) for i in range(number)]
+        file = write(tmp_path / "a.mkv", pictures, rate=rate, codec="ffv1", pixels="bgr0")
+        read = list(start.read_pictures(file, SIZE, 16, "video"))
+        assert start.count_pictures(file, SIZE, 16, "video") == len(read) == expected
+        assert all(picture.shape == (3, *SIZE) for picture in read)
+    clear = [np.dstack([corners(), np.full((32, 48), 255, np.uint8)]) for _ in range(9)]
+    clear[-1] = clear[-1].copy()
+    clear[-1][0, 0, 3] = 0
+    file = write(tmp_path / "b.mkv", clear, rate=16, codec="ffv1", pixels="bgra")
+    with pytest.raises(UserError, match=r"has transparent parts \(alpha\)"):
+        start.count_pictures(file, SIZE, 16, "video")

@@ -511,6 +511,56 @@ def test_a_video_is_made_anew(
     assert torch.equal(*parts)  # strength 1: nothing is left of the video
 
 
+def test_a_folder_of_an_earlier_version_gains_a_video_that_is_made_anew(
+    chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its manifest knows neither histories nor input videos. It goes on; what is asked for without
+    the video later on forgets nothing of it; another strength and another past are refused."""
+    random = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 255, (9, 3, 32, 32), dtype=torch.uint8, generator=random)
+    write_video(tmp_path / "a.mp4", frames, 16)
+    rows = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[1], "video": "a.mp4"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    given = [f"checkpoint={chain.root}/stage3", f"out={out}", "crf=0", "text_cache=off"]
+    plain = [*given, f"prompts={json.dumps(PROMPTS[:1])}"]
+    anew = [*given, f"prompt_file={tmp_path}/p.jsonl", "strength=0.9"]
+
+    def sample(*arguments: str) -> tuple[int, str]:
+        return scd(monkeypatch, capsys, "sample", *arguments)
+
+    assert sample(*plain)[0] == 0
+    content = json.loads((out / "manifest.json").read_text())
+    assert content["settings"].pop("history") == "keep"
+    (out / "manifest.json").write_text(json.dumps(content))
+    code, said = sample(*anew)
+    assert code == 0 and "1 finished before" in said, said
+    assert sample(*plain)[0] == 0
+    assert manifest(out)["settings"]["from_video"]["strength"] == 0.9
+    for arguments, words in (
+        ([*anew[:-1], "strength=0.7"], "from_video.strength is 0.9 there but 0.7 now"),
+        ([*anew[:-1]], "from_video.strength is 0.9 there but 0.8 now"),
+    ):
+        code, said = sample(*arguments)
+        assert code == 2 and words in said
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "then": [[5, "a"]]}))
+    assert "0000-00.mp4: made for then None" in sample(*anew[:-1])[1]
+    code, said = sample(*anew[:-1], "history=flush")
+    assert code == 2 and "history is 'keep' there but 'flush' now" in said
+    for name in ("0001-00.mp4", "0000-00.mp4"):
+        again = ["again", out / name, "--text-cache", "off", "--out", tmp_path / "again"]
+        code, said = scd(monkeypatch, capsys, *again)
+        assert code == 0 and "the same bytes as recorded" in said, said
+    content = manifest(out)
+    del content["settings"]["from_video"]
+    (out / "manifest.json").write_text(json.dumps(content))
+    code, said = scd(monkeypatch, capsys, *again[:1], out / "0001-00.mp4", "--out", tmp_path / "x")
+    assert code == 2 and "has no from_video" in said
+
+
 def test_guidance_other_prompts_and_videos_longer_than_training(
     chain: Chain, made: Path, tmp_path: Path
 ) -> None:
