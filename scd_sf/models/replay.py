@@ -37,8 +37,9 @@ def cuda_recorder(device: torch.device) -> Record[Any]:
     libraries keep a workspace for each. A pool of memory ends with its last graph: the next graph
     begins another."""
     graphs = weakref.WeakSet[Any]()
+    pool: Any = None  # taken with the first graph
     with torch.cuda.device(device):
-        pool, record_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        record_stream = torch.cuda.Stream()
 
     def record(step: Callable[[], T]) -> tuple[Callable[[], None], T]:
         nonlocal pool

@@ -242,11 +242,11 @@ def test_recorded_on_the_models_own_gpu_and_one_stream(monkeypatch: pytest.Monke
         monkeypatch.setattr(torch.cuda, name, stand_in)
     recorder = cuda_recorder(torch.device("cuda", 3))
     replays = [recorder(lambda: gpus.seen.append(gpus.streams[-1]))[0] for _ in range(2)]
-    once = ["waits", 31, 31, ("graph", ("pool", 3, 1), "thread_local"), 31, "is waited for"]
+    once = ["waits", 31, 31, ("graph", ("pool", 3, 0), "thread_local"), 31, "is waited for"]
     assert gpus.seen == once * 2 and made == [31] and gpus.streams == [0]
     replays.clear()  # a pool ends with its last graph
     recorder(lambda: None)
-    assert gpus.seen[-2] == ("graph", ("pool", 3, 2), "thread_local")
+    assert gpus.seen[-2] == ("graph", ("pool", 3, 1), "thread_local")
 
     def fail() -> None:
         raise RuntimeError("no memory")
