@@ -26,6 +26,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import Tensor
+from websockets.exceptions import InvalidState
 
 from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.data.start import picture_of, picture_pixels
@@ -522,13 +523,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Not a traceback for what a page sent."""
-    return not str(record.msg).startswith("Invalid UTF-8")
+    """Not what any page can cause: a traceback for text that is no UTF-8, also right before a
+    goodbye; a line for each frame to a page that was cut."""
+    error = record.exc_info[1] if record.exc_info else None
+    is_known = str(record.msg).startswith(("Invalid UTF-8", "socket.send() raised"))
+    return not (is_known or isinstance(error, InvalidState))
 
 
 def web_server(app: ASGIApp) -> uvicorn.Server:
     """uvicorn without a log of requests, with limits on messages and connections."""
-    logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addFilter(_is_worth_a_line)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -508,7 +508,9 @@ def test_malformed_and_oversized_messages(live: Live, caplog: pytest.LogCaptureF
     connection, and so does text that is no UTF-8, without a word in the terminal; the next page
     plays."""
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
+    for name in ("uvicorn.error", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [caplog.handler])
+        monkeypatch.setattr(logging.getLogger(name), "propagate", False)
     for has_seat in (True, False):
         with seated(live) if has_seat else Talk(live.port, None) as page:
             if has_seat:
@@ -519,8 +521,18 @@ def test_malformed_and_oversized_messages(live: Live, caplog: pytest.LogCaptureF
                 while True:
                     page.hear()
             assert closed.value.rcvd is not None and closed.value.rcvd.code == 1007
-    monkeypatch.undo()
+    with seated(live) as page:  # such a text and a goodbye at once, without masks
+        page.socket.socket.sendall(b"\x81\x81\0\0\0\0\xff" + b"\x88\x80\0\0\0\0")
+        with pytest.raises(ConnectionClosed):
+            page.hear()
+    with seated(live):
+        pass
+    # asyncio's, where several frames were written to a connection that was cut
+    logging.getLogger("asyncio").warning("socket.send() raised exception.")
     assert caplog.records == []
+    logging.getLogger("asyncio").warning("another")
+    assert len(caplog.records) == 1
+    monkeypatch.undo()
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
     gif = io.BytesIO()
