@@ -503,11 +503,12 @@ BAD_TEXTS = [
 ]
 
 
-def test_malformed_and_oversized_messages(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_and_oversized_messages(
+    live: Live, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Each is answered by an error, and the page goes on; one that is too large to be read ends the
     connection, and so does text that is no UTF-8, without a word in the terminal; the next page
     plays."""
-    monkeypatch = pytest.MonkeyPatch()
     for name in ("uvicorn.error", "asyncio"):
         monkeypatch.setattr(logging.getLogger(name), "handlers", [caplog.handler])
         monkeypatch.setattr(logging.getLogger(name), "propagate", False)
@@ -532,7 +533,6 @@ def test_malformed_and_oversized_messages(live: Live, caplog: pytest.LogCaptureF
     assert caplog.records == []
     logging.getLogger("asyncio").warning("another")
     assert len(caplog.records) == 1
-    monkeypatch.undo()
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
     gif = io.BytesIO()
