@@ -513,7 +513,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
                 steps.steps - begin,
                 steps.steps,
             )
-        for remark in unusual(trained, kind, shape, window, self.description.origin):
+        for remark in unusual(trained, kind, shape, window + sink, self.description.origin):
             log.warning("%s", remark)
         whole = (len(seeds), shape.channels, shape.frames, shape.height, shape.width)
         if latents is not None and (not isinstance(latents, Tensor) or latents.shape != whole):

@@ -71,6 +71,8 @@ def check_strength(strength: float | None, has_video: bool) -> None:
     """UserError for a strength that is no share, or that nothing is made anew with."""
     if strength is None:
         return
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise UserError(f"strength is {strength!r}; give a number above 0 and at most 1")
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
     if not has_video:
@@ -177,11 +179,12 @@ def unusual(
     sampler: SamplerConfig,
     guidance: SampleGuidance,
     shape: VideoShape,
-    window: int,
+    num_held: int,
     origin: Mapping[str, object],
 ) -> list[str]:
     """What is asked for that the student was not trained for, in words; none of it is an error.
-    ``sampler``: the trained one; ``origin``: its provenance."""
+    ``sampler``: the trained one; ``num_held``: latent frames of window and sink (0: all);
+    ``origin``: its provenance."""
     remarks = []
     if sampler.name == "renoise" and guidance.on:
         remarks.append(
@@ -189,12 +192,18 @@ def unusual(
         )
     video = origin.get("video")
     trained_frames = video.get("frames") if isinstance(video, dict) else None
-    if isinstance(trained_frames, int) and shape.pixel_frames > trained_frames and not window:
+    if isinstance(trained_frames, int) and shape.pixel_frames > trained_frames:
         latent_frames = 1 + (trained_frames - 1) // shape.temporal
-        remarks.append(
-            f"{shape.pixel_frames} frames are more than the {trained_frames} of training: without a window the picture "
-            f"may drift; window and sink of together {latent_frames} latent frames are what was trained"
-        )
+        if not num_held or num_held > latent_frames:
+            how = (
+                f"with {num_held} latent frames in window and sink"
+                if num_held
+                else "without a window"
+            )
+            remarks.append(
+                f"{shape.pixel_frames} frames are more than the {trained_frames} of training: {how} the picture may "
+                f"drift; window and sink of together {latent_frames} latent frames are what was trained"
+            )
     return remarks
 
 

@@ -295,7 +295,8 @@ class VideoGenerator:
             return []
         longest = max((self.shape_of(video) for video in videos), key=lambda shape: shape.frames)
         cfg = self.cfg
-        return unusual(self.trained_sampler, cfg.guidance, longest, cfg.window, self.origin)
+        num_held = cfg.window + cfg.sink
+        return unusual(self.trained_sampler, cfg.guidance, longest, num_held, self.origin)
 
     def inputs(self, videos: Sequence[VideoRequest]) -> Iterator[ChunkInput] | None:
         """The batch's input video, the same for all, encoded as it is needed."""

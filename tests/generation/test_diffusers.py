@@ -374,6 +374,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"video": [Image.new("RGB", (9, 9))] * 4 + [Image.new("RGBA", (9, 9))]},
         "video: has transparent parts",
     ),
+    "a strength in words": ({"video": [], "strength": "0.5"}, "strength is '0.5'; give a number"),
     "a negative strength": ({"video": [], "strength": -1}, "strength is -1; it must be above 0"),
     "a frame twice": ({"then": [(1, "a"), (1, "b")]}, "then: gives two prompts"),
     "a callback that is none": ({"callback_on_step_end": 3}, "callback_on_step_end is a int"),

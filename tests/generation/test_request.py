@@ -26,6 +26,9 @@ def test_what_a_student_was_not_trained_for() -> None:
     assert unusual(TUNED, guidance, shape(9), 0, ORIGIN) == []
     assert unusual(DISTILLED, SampleGuidance(), shape(10), 8, ORIGIN) == []
     assert unusual(DISTILLED, SampleGuidance(), shape(10), 0, {}) == []
+    assert unusual(DISTILLED, SampleGuidance(), shape(9), 12, ORIGIN) == []
+    (remark,) = unusual(DISTILLED, SampleGuidance(), shape(10), 12, ORIGIN)
+    assert "with 12 latent frames in window and sink the picture may drift" in remark
     (remark,) = unusual(DISTILLED, guidance, shape(9), 0, ORIGIN)
     assert "meant to be sampled without it" in remark
     (remark,) = unusual(TUNED, guidance, shape(10), 0, ORIGIN)
