@@ -4,9 +4,11 @@ A caption is a row of a table (``metadata.csv``, ``metadata.jsonl``, ``metadata.
 ``captions.csv`` or ``captions.jsonl`` in the folder, or a file elsewhere), else the text of
 ``NAME.txt`` beside the video ``NAME.mp4``, else one text for all. A table may also be two lists
 that belong together line by line: the files in ``videos.txt``, the captions in ``prompts.txt``
-(or ``prompt``, ``caption``, ``captions``) beside it. In a table the file is ``file``, ``file_name``, ``video``,
-``video_path`` or ``path``, relative to the folder, and the caption is ``caption``, ``prompt`` or
-``text``; ``split``, ``place``, ``motion`` and ``held_out_caption`` are optional. Columns of a csv are
+(or ``prompt``, ``caption``, ``captions``) beside it. A ``metadata.json`` that is no list (a data
+set's card), and ``video.txt`` beside a ``video.mp4``, are no tables. In a table the file is
+``file``, ``file_name``, ``video``, ``video_path`` or ``path``, relative to the folder, and the
+caption is ``caption``, ``prompt`` or ``text``; ``split``, ``place``, ``motion`` and
+``held_out_caption`` are optional. Columns of a csv are
 separated by commas, semicolons or tabs. So the layouts of diffusion-pipe, musubi-tuner, DiffSynth
 and finetrainers are read as they are.
 
@@ -34,6 +36,7 @@ from scd_sf.types import UserError, printable
 VIDEOS = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts")
 OTHER_VIDEOS = (".mpg", ".mpeg", ".wmv", ".flv", ".gif", ".ogv", ".vob", ".rm", ".webp")
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.json", "captions.csv", "captions.jsonl")
+CARD = "metadata.json"  # also what data sets say of themselves
 # Of a table of two lists: the files, and their captions.
 FILE_LISTS = ("videos.txt", "video.txt")
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
@@ -45,7 +48,8 @@ MARKS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # between the columns 
 CAPTION_BYTES = 2**16
 SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 FIRST_LINE = 'its first line is like "file,caption", then one line per video'
-CORRECT = 'correct it; rows are like {"file": "a.mp4", "caption": "..."}'
+ROW = '{"file": "a.mp4", "caption": "..."}'
+CORRECT = f"correct it; rows are like {ROW}"
 Rows = list[tuple[int | str, Mapping[str, object]]]  # a row's place in its table, and its values
 
 
@@ -81,11 +85,13 @@ def read_video_folder(root: Path, table: Path | None = None, caption: str = "") 
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder of the videos")
     files, refused, others = _files_of(root)
-    table = table or _own_table(root)
     notes: list[str] = []
     rows: dict[str, CaptionedVideo] = {}
+    if table is None:
+        table, notes = _own_table(root)
     if table is not None:
-        rows, refused_rows, notes = read_captions(table, root)
+        rows, refused_rows, unread_notes = read_captions(table, root)
+        notes += unread_notes
         refused += refused_rows
         refused_names = {part.name for part in refused}
         for name in sorted(rows.keys() - set(files) - refused_names):
@@ -169,15 +175,29 @@ def _fault_of_place(path: Path, home: str, name: str = "") -> str:
     return ""
 
 
-def _own_table(root: Path) -> Path | None:
-    tables = [root / name for name in TABLES if (root / name).is_file()]
-    lists = [root / name for name in FILE_LISTS if (root / name).is_file()]
-    if any((root / name).is_file() for name in CAPTION_LISTS):  # else they are captions themselves
-        tables += lists
+def _own_table(root: Path) -> tuple[Path | None, list[str]]:
+    """The folder's table of captions, if it has one, and notes. UserError: it has several."""
+    tables, notes = [root / name for name in TABLES if (root / name).is_file()], list[str]()
+    if (card := root / CARD) in tables and not _decoded(card).lstrip("\ufeff \t\r\n").startswith(
+        "["
+    ):
+        tables.remove(card)
+        notes = [f"{CARD}: not read: it is no list of rows like {ROW}"]
+    if _lists(root, CAPTION_LISTS):  # else they are captions themselves
+        tables += _lists(root, FILE_LISTS)
     if len(tables) > 1:
         names = " and ".join(table.name for table in tables)
         raise UserError(f"{root}: has {names}; choose one with --captions")
-    return tables[0] if tables else None
+    return (tables[0] if tables else None), notes
+
+
+def _lists(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files of these names but for the captions of a video of the same name."""
+    lists = [folder / name for name in names if os.path.lexists(folder / name)]
+    stems = (
+        {path.stem for path in folder.iterdir() if _suffix(path.name) in VIDEOS} if lists else ()
+    )
+    return [path for path in lists if path.stem not in stems]
 
 
 def _with_text_file(root: Path, name: str, caption: str) -> CaptionedVideo:
@@ -333,7 +353,7 @@ def _list_rows(table: Path) -> Rows:
     """The files of a list, with the captions of the list beside it. UserError: none or several
     beside it, a link that leaves the folder, other numbers of lines."""
     folder = table.parent
-    captions = [folder / name for name in CAPTION_LISTS if os.path.lexists(folder / name)]
+    captions = _lists(folder, CAPTION_LISTS)
     if len(captions) != 1:
         names = " and ".join(file.name for file in captions) or "no list of captions"
         raise UserError(f"{table}: has {names} beside it; keep one, prompts.txt")

@@ -457,7 +457,6 @@ def test_tables_of_other_trainers_that_are_refused(tmp_path: Path) -> None:
     assert [part.name for part in read_video_folder(root).refused] == ["a.mp4"]
     table = root / "metadata.json"
     for text, fault in (
-        ('{"a.mp4": "x"}', "not a JSON list of rows; "),
         ("[1]", ":row 1: not a JSON object; "),
         ('[{"video": "a.mp4"}]', ":row 1: has none of caption, prompt, text; "),
         ("[" * 10**5, "not JSON"),
@@ -465,6 +464,33 @@ def test_tables_of_other_trainers_that_are_refused(tmp_path: Path) -> None:
         table.write_text(text)
         with pytest.raises(UserError, match=rf"metadata\.json:? ?{fault}"):
             read_video_folder(root)
+    table.write_text('{"a.mp4": "x"}')
+    with pytest.raises(UserError, match=r"metadata\.json: not a JSON list of rows; "):
+        read_video_folder(root, table)
+
+
+def test_names_of_tables_that_are_none(tmp_path: Path) -> None:
+    """A data set's card as metadata.json, alone or beside a table; video.txt and prompt.txt that are
+    the captions of video.mp4 and prompt.mp4: as before these tables were known."""
+    for name, caption in (("a", "left"), ("video", "a cat"), ("prompt", "a dog")):
+        (tmp_path / f"{name}.MP4").write_bytes(b"x")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    (tmp_path / "metadata.json").write_text(' {"license": "mit", "fps": 24}')
+    folder = read_video_folder(tmp_path)
+    captions = {video.file: video.caption for video in folder.videos}
+    assert captions == {"a.MP4": "left", "prompt.MP4": "a dog", "video.MP4": "a cat"}
+    assert not folder.refused and folder.other_files == {".json": 1}
+    (note,) = folder.notes
+    assert note.startswith("metadata.json: not read: it is no list of rows like {")
+    (tmp_path / "metadata.csv").write_text("file,caption\na.MP4,right\n")
+    folder = read_video_folder(tmp_path)
+    assert folder.videos[0].caption == "right" and folder.notes == [note]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "video.MP4").rename(tmp_path / "b.MP4")  # now video.txt is a list
+    (tmp_path / "video.txt").write_text("b.MP4\n")
+    (tmp_path / "prompts.txt").write_text("a bird\n")
+    captions = {video.file: video.caption for video in read_video_folder(tmp_path).videos}
+    assert captions == {"a.MP4": "left", "b.MP4": "a bird", "prompt.MP4": "a dog"}
 
 
 def _refused(root: Path, csv: str) -> str:
