@@ -136,6 +136,8 @@ def test_refused_before_any_work(world: Path, tmp_path: Path) -> None:
         (["dimensions=[beauty]"], "'beauty' is none of VBench's"),
         (["sampling.prompts=[x]"], "sampling.prompts is set"),
         (["sampling.seed=3"], "sampling.seed is set"),
+        (["sampling.history=flush"], "sampling.history is set"),
+        (["sampling.strength=0.5"], "sampling.strength is set"),
         (["sampling.samples=5"], "sampling.samples is set"),
         (["sampling.decoder=tiny"], "sampling.decoder is set, but a tiny decoder is for previews"),
         ([f"extended={tmp_path}/bad.json"], "1 lines for 4 prompts"),

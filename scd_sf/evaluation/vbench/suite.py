@@ -83,6 +83,8 @@ class SuiteConfig:
             ("prompt_file", sampling.prompt_file),
             ("start", sampling.start),
             ("video", sampling.video),
+            ("strength", sampling.strength is not None),
+            ("history", sampling.history != "keep"),
             ("samples", sampling.samples != 1),
             ("seed", sampling.seed and self.seeds == "vbench"),
         ):
