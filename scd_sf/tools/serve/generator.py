@@ -130,7 +130,8 @@ class Seat:
 class LiveClip:
     """A clip that is made. ``num_frames``: sent so far; ``first_seconds``: from the request to the
     first of them; ``camera``: number and strength of the camera's newest frame in the chunk that is
-    made, if one is in it, and how long it was waited for; ``is_broken``: its pixels could not be made."""
+    made, if one is in it; ``idle``: from when to when that chunk waited for the camera, if it did;
+    ``is_broken``: its pixels could not be made."""
 
     seat: Seat
     request: ClipRequest
@@ -139,23 +140,28 @@ class LiveClip:
     num_frames: int = 0
     first_seconds: float = 0.0
     camera: tuple[int, float] | None = None
-    waited_seconds: float = 0.0
+    idle: tuple[Moment, Moment] | None = None
     is_broken: bool = False
 
 
 @dataclass(frozen=True)
 class ChunkLatents:
     """Latents (1, n, C, H, W) on their way to the second stage: the moments at which their making
-    ``began`` and they are ``ready``, the seconds of that in which a camera was ``waited`` for, another
-    prompt that holds from them on, if there is one, and the camera's newest frame in them, as in
-    :class:`LiveClip`."""
+    ``began`` and they are ``ready``, another prompt that holds from them on, if there is one, and the
+    camera's newest frame in them and the time it was waited for, as in :class:`LiveClip`."""
 
     latents: Tensor
     began: Moment
     ready: Moment
-    waited: float
     change: ChangePrompt | None
     camera: tuple[int, float] | None
+    idle: tuple[Moment, Moment] | None
+
+    @property
+    def seconds(self) -> float:
+        """That the device took, once they are ready."""
+        waited = 0.0 if self.idle is None else self.idle[1].since(self.idle[0])
+        return self.ready.since(self.began) - waited
 
 
 class Generator:
@@ -231,6 +237,7 @@ class Generator:
         first_step(self.maker.sampler, request.start.strength)
         with self._changed:
             seat.wanted, seat.change, seat.is_paused = request, None, False
+            seat.has_ended = False
             self.audience.pause(False)
             seat.strength = request.start.strength
             self._changed.notify_all()
@@ -393,13 +400,13 @@ class Generator:
             inputs=None if request.camera is None else self._camera_inputs(clip, request.camera),
         )
         while self._may_begin(clip):
-            began = moment(maker.device)
+            began, clip.idle = moment(maker.device), None
             latents = next(chunks, None)
             if latents is None:
                 self._stage.put(lambda: self._tell(clip, Ended(clip.num_frames)))
                 return
-            waited, now = clip.waited_seconds, moment(maker.device)
-            chunk = ChunkLatents(latents, began, now, waited, change, clip.camera)
+            now = moment(maker.device)
+            chunk = ChunkLatents(latents, began, now, change, clip.camera, clip.idle)
             self._stage.put(partial(self._show, clip, chunk))
             if seat.begun % TRIM == 0:
                 release_freed_memory()
@@ -414,18 +421,18 @@ class Generator:
                 (number, pixels), strength = camera.take(count), clip.seat.strength
             clip.camera, count = (number, strength), later
             yield ChunkInput(stream.push(pixels * 2 - 1), strength)
-        clip.camera, clip.waited_seconds = None, 0.0
+        clip.camera = None
         while not self._is_over(clip):
             yield ChunkInput(torch.zeros(1, 1, 1, 1, 1), 1.0)
 
     def _await_frames(self, clip: LiveClip, camera: Camera, count: int) -> bool:
         """Waits for ``count`` frames; False where the clip is over or there will not be so many."""
-        began = time.monotonic()
+        began = moment(self.maker.device)
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_over(clip) or not camera.is_on or camera.has(count)
             )
-            clip.waited_seconds = time.monotonic() - began
+            clip.idle = began, moment(self.maker.device)
             return camera.has(count) and not self._is_over(clip)
 
     # -------------------------------------------------------------------------- the second stage
@@ -467,8 +474,7 @@ class Generator:
         jpegs = self._jpegs(pictures) if needs_jpegs else []
         sent = jpegs if stream is None else [stream.encode(picture) for picture in pictures]
         now = time.monotonic()
-        seconds = chunk.ready.since(chunk.began) - chunk.waited
-        clip.speeds.add(len(pictures), seconds, now - began)
+        clip.speeds.add(len(pictures), chunk.seconds, now - began)
         clip.first_seconds = clip.first_seconds or now - clip.request.since
         with self._changed:
             if self._is_over(clip):

@@ -17,7 +17,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from scd_sf.tools.serve.protocol import (
     MOST_PICTURE,
     Busy,
     ChangePrompt,
+    Chunk,
     Error,
     Paused,
     Reply,
@@ -425,6 +426,53 @@ def _waits_for_frames(live: Live, off: bool) -> None:
             until(lambda: len(chunks) == generator.ahead)
     assert not generator._thread.is_alive() and generator.failure is None
     assert len(chunks) == (generator.ahead if off else 0)
+
+
+def test_speeds_without_the_wait_for_a_camera(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, which still runs the encoder while the camera is awaited, and where it is waited for
+    in vain. The device is simulated: its encoder takes 0.4 s, all else nothing."""
+    busy_until, work = 0.0, 0.4
+    advance = live.maker.student.advance
+
+    @dataclass
+    class Event:
+        at: float
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1000 * (later.at - self.at)
+
+    def launch(*args: Any) -> Any:
+        nonlocal busy_until
+        result = advance(*args)
+        busy_until = max(busy_until, time.monotonic()) + work
+        return result
+
+    def fake_moment(device: torch.device) -> Moment:
+        now = time.monotonic()
+        return Moment(now, Event(max(now, busy_until)))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(live.maker.student, "advance", launch)
+    monkeypatch.setattr("scd_sf.tools.serve.generator.moment", fake_moment)
+    heads: list[Chunk] = []
+    with generating(live.maker) as generator:
+        seat = generator.seat(lambda reply, binary: heads.append(reply) if binary else None)  # type: ignore[arg-type]
+        assert seat is not None
+        start = Start(MEADOW, 7, camera=True, strength=STRENGTH)
+        request = ClipRequest(start, None, "", time.monotonic(), live.maker.camera())
+        generator.play(seat, request)
+        until(lambda: seat.begun == 1)
+        time.sleep(work / 2)
+        generator.camera_frame(seat, 0, torch.zeros(3, 32, 32))
+        until(lambda: len(heads) == 1 and seat.begun == 2)
+        time.sleep(3 * work)
+        generator.camera_off(seat)
+        until(lambda: len(heads) >= 2)
+    assert heads[0].dit_fps < 1.2 / work, (
+        "the encoder's work while the camera was awaited is left out"
+    )
+    assert heads[1].dit_fps > 0.7 * 5 / (2 * work), "the wait before the camera was off is counted"
 
 
 def test_frames_of_a_camera_that_are_refused(live: Live) -> None:
@@ -957,6 +1005,7 @@ def test_a_clip_ends(live: Live, overlap: bool) -> None:
             generator.change_prompt(watched.seat, ChangePrompt(HALL))
         with generator._changed:  # before the thread begins
             watched.play(1)
+            assert not watched.seat.has_ended, "a prompt right after the clip began was refused"
             generator.change_prompt(watched.seat, ChangePrompt(HALL))
             generator.pause(watched.seat, True)
         until(lambda: len(late) == 7)
