@@ -29,12 +29,14 @@ KEPT = 20  # frames for a download
 
 @dataclass
 class Live:
-    """Ports of the server without and of the one with a token, and what they serve."""
+    """Ports of the server without and of the one with a token, what they serve, and as which
+    options."""
 
     port: int
     token_port: int
     maker: ClipMaker
     generator: Generator
+    cfg: ServeConfig
 
 
 @contextlib.contextmanager
@@ -58,7 +60,7 @@ def live(root: Path) -> Iterator[Live]:
         threads.append(threading.Thread(target=server.run, args=([listener],), daemon=True))
         threads[-1].start()
     try:
-        yield Live(ports[0], ports[1], maker, generator)
+        yield Live(ports[0], ports[1], maker, generator, cfg)
     finally:
         for server in servers:
             server.should_exit = True

@@ -32,6 +32,7 @@ from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.data.start import picture_of, picture_pixels
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.files import Json, foreign
+from scd_sf.generation.generate import check_window
 from scd_sf.generation.sampling import SampleConfig, open_generator
 from scd_sf.tools.serve import camera
 from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
@@ -166,6 +167,7 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
     chunk, trained = parts.student.chunk, parts.shape.frames
     sink = chunk if cfg.sink < 0 else cfg.sink
     window = cfg.window or max(chunk, trained - sink)
+    check_window(window, sink, chunk)
     most = LARGEST["frames"]
     if cfg.seconds:
         most = min(most, 1 + int(cfg.seconds * cfg.fps - 1) // parts.shape.temporal)

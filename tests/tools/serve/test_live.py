@@ -56,7 +56,7 @@ from scd_sf.tools.serve.protocol import (
 )
 from scd_sf.tools.serve.recording import Recording
 from scd_sf.tools.serve.safety import Names, Rate, choose_token, page_address
-from scd_sf.tools.serve.server import ServeConfig, model_name, start_picture
+from scd_sf.tools.serve.server import ServeConfig, model_name, open_maker, start_picture
 from scd_sf.tools.serve.stage import Moment, Streams, moment
 from scd_sf.types import UserError
 
@@ -1204,7 +1204,9 @@ def test_a_fault_is_not_swallowed(live: Live) -> None:
         assert generator.seat(lambda reply, binary: None) is None
 
 
-def test_the_command_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_names_what_is_missing(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="window -1 and sink 1 must be >= 0"):
+        open_maker(replace(live.cfg, window=-1))  # and not when a viewer presses start
     monkeypatch.delitem(sys.modules, "scd_sf.tools.serve.server")
     monkeypatch.delitem(sys.modules, "scd_sf.tools.serve.safety")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
