@@ -71,7 +71,8 @@ def check_strength(strength: float | None, has_video: bool) -> None:
     """UserError for a strength that is no share, or that nothing is made anew with."""
     if strength is None:
         return
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
+    is_number = isinstance(strength, SupportsFloat) and not isinstance(strength, bool | str)
+    if not is_number or getattr(strength, "ndim", False):  # numpy's and torch's are numbers, too
         raise UserError(f"strength is {strength!r}; give a number above 0 and at most 1")
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}; it must be above 0 and at most 1")

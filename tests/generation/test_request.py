@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 import scd_sf
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.pipeline import SCDWanPipeline
-from scd_sf.generation.request import unusual
+from scd_sf.generation.request import check_strength, unusual
 from scd_sf.models.build import SamplerConfig
-from scd_sf.types import VideoShape
+from scd_sf.types import UserError, VideoShape
 
 DISTILLED, TUNED = SamplerConfig("renoise", 4), SamplerConfig("unipc", 50)
 ORIGIN = {"video": {"frames": 33}}
@@ -34,6 +36,14 @@ def test_what_a_student_was_not_trained_for() -> None:
     (remark,) = unusual(TUNED, guidance, shape(10), 0, ORIGIN)
     assert "37 frames are more than the 33 of training" in remark
     assert "together 9 latent frames" in remark
+
+
+def test_numbers_that_are_a_strength() -> None:
+    for strength in (0.5, 1, np.float32(0.5), torch.tensor(0.5)):
+        check_strength(strength, True)  # type: ignore[arg-type]
+    for strength in ("0.5", True, [0.5], torch.ones(2)):
+        with pytest.raises(UserError, match="give a number above 0"):
+            check_strength(strength, True)  # type: ignore[arg-type]
 
 
 def test_the_package_has_the_pipeline() -> None:
