@@ -164,6 +164,16 @@ def start_sha256(path: str) -> str:
 
 
 count_cached = cache(count_pictures)
+
+
+@cache
+def count_start(path: Path, size: tuple[int, int], fps: float) -> int:
+    """Frames of a start file, all of which are decoded. UserError: one cannot be used."""
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return count_pictures(path, size, fps, f"start {path}")
+    return len(read_start(path, size, 1, fps))
+
+
 # what a record has only where it was asked for
 EXTRAS = ("title", "then", "start", "start_sha256", "video", "video_sha256")
 
@@ -279,13 +289,11 @@ class VideoGenerator:
     def known_frames(self, video: VideoRequest) -> int:
         """Latent frames that the start file gives, 0 without one. UserError: it cannot be read, or
         does not fit the clip."""
-        path = Path(video.row.start)
         if not video.row.start:
             return 0
-        size, frames = (self.shape.pixel_height, self.shape.pixel_width), 1
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            count = count_cached(path, size, self.cfg.fps, f"start {path}")
-            frames = 1 + (count - 1) // self.shape.temporal
+        size = (self.shape.pixel_height, self.shape.pixel_width)
+        count = count_start(Path(video.row.start), size, self.cfg.fps)
+        frames = 1 + (count - 1) // self.shape.temporal
         check_start(frames, self.student.chunk, self.shape, video.row.start)
         return frames
 

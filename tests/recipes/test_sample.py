@@ -401,6 +401,7 @@ def test_an_image_or_a_video_is_continued(chain: Chain, made: Path, tmp_path: Pa
     assert "neither a video nor a readable image" in refused(
         *base, f"out={tmp_path}/x", f"start={tmp_path}/broken.png"
     )
+    assert not (tmp_path / "x").exists(), "a start that cannot be used is found before work begins"
 
 
 def test_a_video_is_made_anew(
