@@ -2,7 +2,8 @@
 
 First come changes that train the same: recomputing, smaller micro-batches, prompts that are encoded
 beforehand, partitioning, the CPU's memory. Where they are not enough, a smaller job: the 1.3B
-teacher, then smaller clips. A change that does not lower the memory of a GPU is left out.
+teacher, then smaller clips. A change that does not lower the memory that is too small, a GPU's or
+the machine's, is left out.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ Maker = Callable[[PlanJob], JobChange | None]
 
 def advice(plan: Budget) -> list[Advice]:
     """Changes that make a plan fit, in their order. Empty when it fits already; the last one does
-    not fit where nothing is enough. None raises the memory of a GPU."""
+    not fit where nothing is enough. None raises the memory of a GPU, but for offload that is taken
+    back where the machine has too little and the GPU enough."""
     steps: list[Advice] = []
     for maker in (*_same_training(plan.job), _small_teacher):
         current = steps[-1].plan if steps else plan
@@ -74,7 +76,7 @@ def advice(plan: Budget) -> list[Advice]:
         if change is not None and _helps(change, changed := _counted(current, change), current):
             steps.append(Advice(change, changed))
     current = steps[-1].plan if steps else plan
-    return steps if current.fits else [*steps, *_smaller_clips(current)]
+    return steps if current.gpu_fits else [*steps, *_smaller_clips(current)]
 
 
 def command_line(steps: Sequence[Advice]) -> str:
@@ -83,10 +85,13 @@ def command_line(steps: Sequence[Advice]) -> str:
 
 
 def _helps(change: JobChange, new: Budget, old: Budget) -> bool:
-    """Whether a GPU needs less; or no more, and the machine less work and memory. Never where the
+    """Whether what is too small is needed less: a GPU's memory, and where that is enough the
+    machine's. Or a GPU needs no more, and the machine less work and memory. Never where the
     machine's memory is then too small (offload)."""
     if not new.host_fits and new.host > old.host:
         return False
+    if old.gpu_fits:
+        return new.gpu_fits and new.host < old.host
     noise = NOISE if change.new_activations else 0.0
     return new.peak < (1 - noise) * old.peak or (
         new.peak < (1 + noise) * old.peak and new.host < old.host and new.flops < old.flops
@@ -111,6 +116,7 @@ def _same_training(job: PlanJob) -> Iterator[Maker]:
         ("zero_stage", 2),
         ("zero_stage", 3),
         ("offload", True),
+        ("offload", False),
     ]
     for key, value in values:
         for name in names:

@@ -101,6 +101,10 @@ class Budget:
         return self.peak / GIB * (1 + SLACK) + TABLES_GIB + CONTEXT_GIB
 
     @property
+    def gpu_fits(self) -> bool:
+        return self.needed_gib <= self.cluster.gpu_mem
+
+    @property
     def host_fits(self) -> bool:
         """Whether a node's processes have the main memory that they take; true where that is
         unknown."""
@@ -108,7 +112,7 @@ class Budget:
 
     @property
     def fits(self) -> bool:
-        return self.needed_gib <= self.cluster.gpu_mem and self.host_fits
+        return self.gpu_fits and self.host_fits
 
     @property
     def flops(self) -> float:

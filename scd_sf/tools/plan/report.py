@@ -31,7 +31,7 @@ def lines(budget: Budget, changes: list[Advice]) -> Iterator[str]:
     yield (
         f"per GPU: {budget.peak / GIB:.1f} GiB at the worst moment; with {TABLES_GIB:g} GiB of tables, {SLACK:.0%} "
         f"of allocator slack and {CONTEXT_GIB} GiB of CUDA (estimates) {budget.needed_gib:.1f} of "
-        f"{cluster.gpu_mem:g} GiB: {_fits(budget.needed_gib <= cluster.gpu_mem)}"
+        f"{cluster.gpu_mem:g} GiB: {_fits(budget.gpu_fits)}"
     )
     if job.stage == 3:
         yield f"of these the rollout's K/V: {budget.cache_bytes() / GIB:.2f} GiB per GPU"
@@ -69,8 +69,9 @@ def lines(budget: Budget, changes: list[Advice]) -> Iterator[str]:
         "sampling and the VAE's decoder need on top"
     )
     for step in changes:
+        host = f", {step.plan.node_host / GIB:.1f} per node" if cluster.host_mem else ""
         fits = ", fits" if step.plan.fits else ""
-        yield f"to change: {step.change.text} -> {step.plan.needed_gib:.1f} GiB{fits}"
+        yield f"to change: {step.change.text} -> {step.plan.needed_gib:.1f} GiB{host}{fits}"
     if changes and (best := changes[-1].plan).fits:
         yield f"all of it, to copy: {command_line(changes)}"
         yield (

@@ -120,9 +120,16 @@ def test_the_memory_of_the_machine_is_checked_where_it_is_known() -> None:
     small = dataclasses.replace(plain.cluster, host_mem=plain.node_host / GIB / 2)
     found = budget(plain.job, small, plain.phases)
     assert plain.fits and not found.fits and not found.host_fits
-    text = "\n".join(lines(found, advice(found)))
+    assert advice(found) == [], "what GPUs need less, which have enough, helps the machine nothing"
+    text = "\n".join(lines(found, []))
     assert f"of {plain.cluster.gpu_mem:g} GiB: fits" in text and "or machines with more" in text
     assert f"per node of {small.host_mem:g} GiB: DOES NOT FIT" in text
+    back = budget(offloaded.job, dataclasses.replace(plain.cluster, host_mem=between))
+    steps = advice(back)
+    assert back.gpu_fits and not back.host_fits and steps[-1].plan.fits
+    assert [step.change.overrides for step in steps] == [("engine.offload=false",)]
+    (told,) = [line for line in lines(back, steps) if line.startswith("to change")]
+    assert told.endswith(f"{steps[-1].plan.node_host / GIB:.1f} per node, fits")
     with pytest.raises(UserError, match="--host-mem is -1"):
         Cluster(host_mem=-1)
 
