@@ -30,6 +30,7 @@ from scd_sf.tools.serve.pictures import H264, jpeg
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 HOSTILE = "</p><img src=x onerror='window.hit = 1'><script>window.hit = 1</script>"
 SAID = "document.getElementById('said').textContent"
+COLOUR = "getComputedStyle(document.getElementById('said')).color"
 MESSAGE = "document.getElementById('message').textContent"
 FRAME = "Number(document.body.dataset.frame)"
 CODEC = "document.getElementById('codec').textContent"
@@ -154,15 +155,19 @@ def test_the_page_plays_what_is_made(live: Live, browser: Browser, tmp_path: Pat
     download.value.save_as(tmp_path / "live.zip")
     assert download.value.suggested_filename == "scd-live-0.zip"
     assert (tmp_path / "live.zip").stat().st_size > 500
+    visit.until(f"{SAID}.startsWith('Downloaded')")
+    colour = visit.ask(COLOUR)
     start = tmp_path / "start.png"
     start.write_bytes(b"no picture")
     page.locator("#file").set_input_files(start)
     visit.until(f"{SAID}.startsWith('the picture cannot be read')")
+    assert visit.ask(COLOUR) != colour, "an error looks like one"
     assert page.locator("#file").input_value() == "", "nor does the page say that it is chosen"
     Image.new("RGB", (64, 64), (250, 10, 10)).save(start)
     page.locator("#file").set_input_files(start)
     assert page.locator("#start").is_disabled() or visit.ask("hasPicture"), "never without it"
     visit.until(f"{SAID}.includes('begins with the picture')")
+    assert visit.ask(COLOUR) == colour
     visit.ask("window.frames_shown.length = 0")
     page.locator("#seed").fill("5")
     page.locator("#start").click()
@@ -187,6 +192,7 @@ def test_a_camera(live: Live, browser: Browser) -> None:
     assert "No student is trained for this" in visit.ask(SAID)
     assert visit.ask("document.getElementById('view').videoWidth") > 0
     assert visit.ask(text.format("level")) == "0.8333"
+    assert page.locator("#strength").get_attribute("aria-valuetext") == "0.8333"
     page.locator("#prompt").fill("left in meadow")
     page.locator("#start").click()
     visit.until(f"{FRAME} >= 12")
@@ -197,6 +203,7 @@ def test_a_camera(live: Live, browser: Browser) -> None:
     assert source is not None and source.is_on
     page.locator("#strength").press("ArrowRight")
     visit.until(f"{text.format('level')} === '1'")
+    assert page.locator("#strength").get_attribute("aria-valuetext") == "1"
     until(lambda: seat.strength == 1)
     page.locator("#prompt").fill("right in hall")
     page.keyboard.press("Enter")
@@ -386,8 +393,10 @@ def test_jpegs_where_h264_is_not_there_or_fails(live: Live, browser: Browser) ->
 def test_a_second_page_watches_along(live: Live, browser: Browser) -> None:
     """The button shows the viewer's frames; when the viewer leaves, the seat can be taken."""
     url = f"http://127.0.0.1:{live.port}/"
-    viewer = Visit(browser, url)
+    viewer = Visit(browser, url, 1280, 800)
     viewer.until("document.body.dataset.ready === 'true'")
+    viewer.page.locator("#start").click()
+    viewer.until(f"{SAID} === 'seed 0: (no prompt)'")
     viewer.page.locator("#prompt").fill(HOSTILE)
     viewer.page.locator("#start").click()
     viewer.until(f"{FRAME} >= 4")
@@ -401,7 +410,12 @@ def test_a_second_page_watches_along(live: Live, browser: Browser) -> None:
     assert shown == list(range(shown[0], shown[0] + len(shown))) and shown[0] > 0
     assert visit.page.locator("#controls").is_hidden()
     assert visit.ask("document.documentElement.scrollWidth <= window.innerWidth")
-    viewer.until("document.getElementById('watchers').textContent === '1 watches along'")
+    viewer.until("document.getElementById('watchers').textContent === '1 watching along'")
+    viewer.page.locator("#camera").click()
+    viewer.until(f"{SAID}.startsWith('The next clip is made from the camera')")
+    assert viewer.ask("document.documentElement.scrollHeight <= window.innerHeight"), "all in view"
+    assert viewer.ask("document.getElementById('picture').clientHeight") > 192
+    viewer.page.locator("#camera").click()
     for one in (viewer, visit):  # on a desktop and on a phone
         assert one.page.locator("#model").is_visible()
         assert one.page.locator("#model").text_content() == "student/step_00000000"

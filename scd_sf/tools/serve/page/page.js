@@ -13,6 +13,7 @@ let watching = false; // watches along, or wants to: the clip is another page's
 let hadSeat = false; // and was cut
 let again = 0; // the timer until it connects again
 const WAITING = "Making the first frame ..";
+const NO_PROMPT = "(no prompt)";
 const PAUSED = "The viewer has paused.";
 const LOST = "The seat is taken: by somebody else, or for some seconds by the lost connection of this page. It tries again by itself.";
 let playing = false, paused = false, hasPicture = false;
@@ -30,7 +31,11 @@ const CAMERA_MARK = [0x63, 0x61, 0x6d, 0]; // before a frame: this, its number (
 const UNSENT = 2 ** 18; // bytes that wait to be sent, beyond which the camera's frames are left out
 
 function message(text) { at("message").textContent = text; }
-function said(text) { at("said").textContent = text; }
+function said(text, isBad = false) {
+  at("said").textContent = text;
+  at("said").classList.toggle("bad", isBad);
+}
+function complain(text) { said(text, true); }
 function send(object) { if (socket && socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(object)); }
 
 function takeToken() {
@@ -61,6 +66,8 @@ function connect(watch = watching) {
     fromCamera = false;
     withoutPicture();
     hasClip = false;
+    // a complaint may be why
+    if (!at("said").classList.contains("bad")) said("");
     buttons();
     const wait = waits[Math.min(tries++, waits.length - 1)];
     if (event.code === 1013 && watching) {
@@ -126,15 +133,15 @@ function hear(reply) {
   } else if (reply.type === "paused") {
     message(reply.on ? PAUSED : "");
   } else if (reply.type === "missed") {
-    said(`This page is slower than the video: ${reply.chunks} chunks were left out.`);
+    complain(`This page is slower than the video: ${reply.chunks} chunks were left out.`);
   } else if (reply.type === "watchers") {
-    at("watchers").textContent = reply.count ? `${reply.count} watch${reply.count > 1 ? "" : "es"} along` : "";
+    at("watchers").textContent = reply.count ? `${reply.count} watching along` : "";
   } else if (reply.type === "started") {
     reset();
     playing = true;
     hasClip = !watching;
     message("");
-    said(`seed ${reply.seed}: ${reply.prompt}`);
+    said(`seed ${reply.seed}: ${reply.prompt.trim() || NO_PROMPT}`);
   } else if (reply.type === "chunk") {
     ends.set(reply.chunk, reply.first + reply.frames - 1);
     at("dit-fps").textContent = reply.dit_fps.toFixed(1);
@@ -143,7 +150,7 @@ function hear(reply) {
     if (sentAt.has(reply.camera)) at("lag").textContent = `${(performance.now() - sentAt.get(reply.camera)).toFixed(0)} ms`;
     for (const number of sentAt.keys()) if (number <= reply.camera) sentAt.delete(number);
   } else if (reply.type === "switched") {
-    said(`from frame ${reply.frame}: ${reply.prompt}`);
+    said(`from frame ${reply.frame}: ${reply.prompt.trim() || NO_PROMPT}`);
   } else if (reply.type === "ended") {
     playing = fromCamera = false;
     said(`The clip is complete: ${reply.frames} frames.`);
@@ -158,7 +165,7 @@ function hear(reply) {
     if (reply.ended) playing = fromCamera = false;
     if (!playing && at("message").textContent === WAITING) message("Type a prompt and press Start.");
     if (isSending) withoutPicture();
-    said(reply.message);
+    complain(reply.message);
   }
   buttons();
 }
@@ -190,7 +197,7 @@ async function place(entry, source) {
     if (entry.clip === clip) entry.bitmap = bitmap;
     else bitmap.close();
   } catch {
-    said(`frame ${entry.frame} could not be decoded`);
+    complain(`frame ${entry.frame} could not be decoded`);
   }
 }
 
@@ -323,11 +330,16 @@ function offerStrengths(levels) {
   // the most noise that is not above 0.8, else the least
   const place = levels.findIndex((level) => level <= 0.8);
   slider.value = levels.length - 1 - (place < 0 ? levels.length - 1 : place);
-  at("level").textContent = strength();
+  showStrength();
 }
 
 // the slider's right end is pure noise
 function strength() { return ready ? ready.levels[ready.levels.length - 1 - Number(at("strength").value)] : 1; }
+
+function showStrength() {
+  at("level").textContent = strength();
+  at("strength").setAttribute("aria-valuetext", strength()); // the slider's own value is a place in the list
+}
 
 async function switchCamera() {
   if (camera) {
@@ -336,7 +348,7 @@ async function switchCamera() {
   }
   if (!ready || watching) return;
   if (!window.isSecureContext || !navigator.mediaDevices) {
-    said("Browsers give cameras to secure pages alone: open this one as http://127.0.0.1 or http://localhost (ssh -L), or by https.");
+    complain("Browsers give cameras to secure pages alone: open this one as http://127.0.0.1 or http://localhost (ssh -L), or by https.");
     return;
   }
   const video = { width: { ideal: ready.width }, height: { ideal: ready.height }, frameRate: { ideal: ready.fps } };
@@ -353,7 +365,7 @@ async function switchCamera() {
     said("The next clip is made from the camera: press Start. No student is trained for this.");
   } catch (error) {
     stopCamera();
-    said(`The camera cannot be used: ${error.message}`);
+    complain(`The camera cannot be used: ${error.message}`);
   }
   buttons();
 }
@@ -419,7 +431,7 @@ async function upload() {
   if (file.size > ready.most_picture) {
     withoutPicture();
     buttons();
-    said(`The picture is larger than ${ready.most_picture} bytes; choose a smaller one.`);
+    complain(`The picture is larger than ${ready.most_picture} bytes; choose a smaller one.`);
     return;
   }
   hasPicture = false;
@@ -438,7 +450,7 @@ at("pause").addEventListener("click", pause);
 at("download").addEventListener("click", () => { said("Making the file .."); send({ type: "download" }); });
 at("file").addEventListener("change", upload);
 at("camera").addEventListener("click", switchCamera);
-at("strength").addEventListener("input", () => { at("level").textContent = strength(); });
+at("strength").addEventListener("input", showStrength);
 at("strength").addEventListener("change", () => { if (fromCamera) send({ type: "strength", strength: strength() }); });
 at("without").addEventListener("click", () => { withoutPicture(); buttons(); });
 at("prompt").addEventListener("keydown", (event) => {
