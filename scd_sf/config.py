@@ -646,7 +646,9 @@ def _parse_override(text: str) -> tuple[str, Tree]:
     key, equals, raw = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts) or len(parts) > JSON_DEPTH:
-        raise UserError(f"{source}: write it as section.key=value")
+        raise UserError(
+            f"{source}: write it as name=value or section.name=value, in quotes where it has spaces"
+        )
     value = parse(raw, source) if raw.strip() else ""
     for part in reversed(parts):
         value = {part: value}

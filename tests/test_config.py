@@ -125,7 +125,7 @@ def test_yaml_round_trip() -> None:
         ("model.optim.betas=[0.1]", ["model.optim.betas has 1 values; it must have 2"]),
         ("model.optim.kind=lion", ["model.optim.kind is 'lion'", "'adamw', 'sgd'"]),
         ("model=3", ["'model' is a section (depth, fast, widths, rope, optim)"]),
-        ("steps", ["write it as section.key=value"]),
+        ("steps", ["write it as name=value or section.name=value, in quotes"]),
         ("steps={", ["not valid YAML"]),
         ("model.optim.lr=${nowhere}", ["model.optim.lr", "expected float"]),
         ("steps=1e3", ["steps is '1e3'", "expected int"]),
@@ -148,7 +148,7 @@ def test_yaml_round_trip() -> None:
         ("root=!!str 5", ["tags are not read"]),
         ("root=&a 5", ["anchors and aliases are not read"]),
         ("root=" + "[" * 100000, ["root=[[[", "nested more than"]),
-        ("a." * 20000 + "b=1", ["write it as section.key=value"]),
+        ("a." * 20000 + "b=1", ["write it as name=value or section.name=value, in quotes"]),
         ("x" * 100000 + "=1", ["unknown key"]),
     ],
 )

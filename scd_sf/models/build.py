@@ -21,7 +21,7 @@ from scd_sf.checkpoint import (
 )
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.samplers import Sampler, build_sampler
-from scd_sf.files import Json, parse_json, write_tensors
+from scd_sf.files import Json, parse_json, refuse_lfs_pointer, write_tensors
 from scd_sf.models.blocks import BlocksConfig, set_blocks
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
@@ -33,7 +33,7 @@ from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import Trunk, TrunkConfig
 from scd_sf.models.wan.hub import TEXT_PARTS, wan_folder
 from scd_sf.models.wan.transformer import Wan, WanConfig
-from scd_sf.tensor_files import open_tensors, read_all, read_metadata
+from scd_sf.tensor_files import PICKLES, open_tensors, read_all, read_metadata
 from scd_sf.types import Conditioning, UserError
 
 Scd = ScdWan | ScdScratch
@@ -300,7 +300,11 @@ def is_single(path: Path) -> bool:
 def read_single(path: Path) -> tuple[CheckpointConfig, Json]:
     """Configuration and provenance in the metadata of a file of :func:`write_single`. UserError for
     any other file."""
-    metadata = read_metadata(path)
+    if path.suffix in PICKLES:
+        refuse_lfs_pointer(path)
+        metadata: dict[str, str] = {}
+    else:
+        metadata = read_metadata(path)
     if metadata.get("format") != SINGLE:
         raise UserError(
             f"{path}: not a file of 'scd export'; for weights of others use 'scd transplant' first"

@@ -141,6 +141,11 @@ def test_other_files_are_not_taken_for_exports(tmp_path: Path) -> None:
     assert not is_single(file)
     with pytest.raises(UserError, match="not a file of 'scd export'"):
         load_student(file)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(
+        UserError, match=r"a\.pt: not a file of 'scd export'; for weights of others"
+    ):
+        load_student(tmp_path / "a.pt")
     for metadata, words in (
         ({"format": "scd_sf.model.1"}, "description is unreadable"),
         (
