@@ -480,7 +480,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
                 "width": width,
                 "window": window,
                 "sink": sink,
-            }
+            },
+            optional=("num_inference_steps", "num_frames", "frames", "height", "width"),
         )
         if num_videos_per_prompt < 1:
             raise UserError(f"num_videos_per_prompt is {num_videos_per_prompt}; use at least 1")

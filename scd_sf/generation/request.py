@@ -4,7 +4,7 @@ sample`` and the pipeline take them."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import SupportsFloat
@@ -34,11 +34,12 @@ START_FPS = 16  # Wan's; a start video or an input video is resampled to it
 STRENGTH = 0.8  # of an input video, by default
 
 
-def check_whole(numbers: Mapping[str, object]) -> None:
-    """UserError for one that is neither a whole number nor None: int() would cut 5.5 to 5."""
+def check_whole(numbers: Mapping[str, object], optional: Collection[str] = ()) -> None:
+    """UserError for one that is no whole number: int() would cut 5.5 to 5. Those ``optional`` may be
+    None."""
     for name, value in numbers.items():
         is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
-        if value is not None and not is_whole:
+        if not is_whole and not (value is None and name in optional):
             raise UserError(f"{name} is {value!r}; give a whole number")
 
 

@@ -376,6 +376,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a strength in words": ({"video": [], "strength": "0.5"}, "strength is '0.5'; give a number"),
     "a negative strength": ({"video": [], "strength": -1}, "strength is -1; it must be above 0"),
+    "no window": ({"window": None}, "window is None; give a whole number"),
     "a frame twice": ({"then": [(1, "a"), (1, "b")]}, "then: gives two prompts"),
     "a callback that is none": ({"callback_on_step_end": 3}, "callback_on_step_end is a int"),
     "what is no answer": ({"callback_on_step_end": lambda *_: 5}, 'return {"latents": tensor}'),
