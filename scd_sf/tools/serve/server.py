@@ -329,11 +329,16 @@ class Viewer:
         generator.camera_frame(seat, *await asyncio.to_thread(camera.read_frame, data, size))
 
     async def _take_picture(self, data: bytes) -> None:
-        """The picture that the next clips may begin with. UserError: none that can be read."""
+        """The picture that the next clips may begin with. UserError: none that can be read, or the
+        model cannot begin with one."""
         if len(data) > MOST_PICTURE:
             raise UserError(f"the picture has more than {MOST_PICTURE} bytes; make it smaller")
-        self._picture = None
-        shape = self._service.generator.maker.shape
+        maker, self._picture = self._service.generator.maker, None
+        if (chunk := maker.student.chunk) > 1:
+            raise UserError(
+                f"this model makes {chunk} latent frames at a time, and a picture is one; start without it"
+            )
+        shape = maker.shape
         size = (shape.pixel_height, shape.pixel_width)
         self._picture = await asyncio.to_thread(start_picture, data, size)
         self._picture_sha256 = hashlib.sha256(data).hexdigest()

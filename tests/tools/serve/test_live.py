@@ -166,7 +166,7 @@ def test_credit_and_pause_stop_the_generator(live: Live) -> None:
         assert following == [ahead + 2 + place for place in range(ahead)]
 
 
-def test_a_start_picture(live: Live) -> None:
+def test_a_start_picture(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)).save(file, "PNG")
@@ -177,6 +177,10 @@ def test_a_start_picture(live: Live) -> None:
         assert page.expect("error")["message"] == (
             "the picture cannot be read: no picture of the formats PNG, JPEG, WEBP; use a png, jpg or webp"
         )
+        with monkeypatch.context() as patch:
+            patch.setattr(live.maker.student, "chunk", 3)
+            page.socket.send(file.getvalue())
+            assert "makes 3 latent frames at a time, and a pic" in page.expect("error")["message"]
         page.socket.send(file.getvalue())
         assert page.expect("picture") == {"type": "picture", "width": 32, "height": 32}
         page.say(type="start", prompt=MEADOW, seed=1, picture=True)
