@@ -178,7 +178,7 @@ def test_a_start_picture(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
             "the picture cannot be read: no picture of the formats PNG, JPEG, WEBP; use a png, jpg or webp"
         )
         with monkeypatch.context() as patch:
-            patch.setattr(live.maker.student, "chunk", 3)
+            patch.setattr(type(live.maker.student), "chunk", 3)
             page.socket.send(file.getvalue())
             assert "makes 3 latent frames at a time, and a pic" in page.expect("error")["message"]
         page.socket.send(file.getvalue())
