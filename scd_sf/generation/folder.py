@@ -59,6 +59,11 @@ def open_sample_folder(out: Path, settings: dict[str, object]) -> dict[str, obje
                 f"{file}: {name} is {old!r} there but {new!r} now; "
                 "nothing is overwritten: use another out="
             )
+        if is_first and any(record.get("video") for record in finished_videos(out).values()):
+            raise UserError(
+                f"{file}: settings: has no {FROM_VIDEO}, so with what strength its videos were made anew is not known; "
+                "use another out="
+            )
         if is_first:  # before a video is made, so that no other run has another
             write_json(file, {**content, "settings": settings})
         elif FROM_VIDEO in old_settings:

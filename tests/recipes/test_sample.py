@@ -560,6 +560,9 @@ def test_a_folder_of_an_earlier_version_gains_a_video_that_is_made_anew(
     (out / "manifest.json").write_text(json.dumps(content))
     code, said = scd(monkeypatch, capsys, *again[:1], out / "0001-00.mp4", "--out", tmp_path / "x")
     assert code == 2 and "has no from_video" in said
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, said = sample(*anew[:-1], "strength=0.7")  # which would be recorded as that of all
+    assert code == 2 and "with what strength its videos were made anew is not known" in said
 
 
 def test_guidance_other_prompts_and_videos_longer_than_training(
