@@ -486,9 +486,8 @@ class Generator:
             seat.made += 1
             seat.recording.add(pictures)
             speeds = clip.speeds.frames_per_second()
-            number = -1
-            if chunk.camera is not None:
-                number, strength = chunk.camera
+            number, strength = chunk.camera or (-1, 1.0)
+            if clip.request.camera is not None:
                 seat.recording.with_strength(first, strength)
             head = Chunk(seat.made, first, len(pictures), *speeds, clip.first_seconds, number)
             seat.say(head, self._frames(first, seat.made, sent))

@@ -365,7 +365,7 @@ def test_a_camera(live: Live) -> None:
         page.say(type="start", prompt=MEADOW, seed=7, camera=True, picture=True)
         assert "a camera's clip has no start picture" in page.expect("error")["message"]
         assert manifest["camera"] is True
-        assert manifest["camera_strengths"] == [[0, STRENGTH], [5, 1.0], [9, STRENGTH]]
+        assert manifest["camera_strengths"] == [[0, STRENGTH], [5, 1.0], [9, STRENGTH], [13, 1.0]]
 
 
 def test_the_newest_frames_of_a_camera(live: Live) -> None:
