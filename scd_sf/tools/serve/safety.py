@@ -73,15 +73,22 @@ def is_token(said: str, token: str) -> bool:
 class Names:
     """What ``Host`` may say: ``host`` and ``names``, with the port (none: 80 or 443, of a proxy).
     A server on all addresses also answers to every address and to the machine's own name: an
-    address cannot be rebound."""
+    address cannot be rebound. UserError: one of ``names`` is none."""
 
     host: str
     port: int
     names: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if not name or any(mark.isspace() or mark in "/@?#*" for mark in name):
+                raise UserError(
+                    f"--name {name!r}: no browser says that; write NAME or NAME:PORT, as in its address"
+                )
+
     def has(self, said: str) -> bool:
         """Whether a ``Host`` header is one of the server."""
-        if said in self.names:
+        if said.lower() in (name.lower() for name in self.names):
             return True
         if self.port == 80 and (":" not in said or said.endswith("]")):
             said += ":80"  # which browsers leave out

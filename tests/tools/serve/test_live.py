@@ -818,6 +818,10 @@ def test_names_tokens_and_rates() -> None:
         assert everywhere.has(said), said
     for said in ("evil.example:8000", "192.168.1.5", "192.168.1.5:80", "live.example.org:1", ""):
         assert not everywhere.has(said), said
+    assert Names("127.0.0.1", 8000, ("Live.Example.org",)).has("live.example.org")
+    for wrong in ("http://live.example.org/", "", "*"):
+        with pytest.raises(UserError, match=r"--name .* write NAME or NAME:PORT"):
+            Names("0.0.0.0", 8000, (wrong,))
     here = Names("127.0.0.1", 8000)
     assert here.has("localhost:8000") and not here.has("192.168.1.5:8000")
     assert choose_token("127.0.0.1", "") == choose_token("::1", "") == ""
