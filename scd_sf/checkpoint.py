@@ -46,7 +46,7 @@ from scd_sf.files import (
     write_tensors,
     write_text,
 )
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
@@ -269,6 +269,8 @@ def find(path: Path, weights: str = "") -> Path:
             "a Wan directory becomes a student by 'scd transplant'; of an exported pipeline give "
             "its transformer/model.safetensors"
         )
+    elif runs := sorted(one.parent.name for one in path.glob("*/checkpoints"))[:8]:
+        remedy = f"give one of the runs in it: {', '.join(map(printable, runs))}"
     raise UserError(f"{path}: {problem}; {remedy}")
 
 

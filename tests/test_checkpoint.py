@@ -133,6 +133,12 @@ def test_nothing_saved_is_none_unless_required(tmp_path: Path) -> None:
     (tmp_path / "wan" / "model_index.json").write_text("{}")
     with pytest.raises(UserError, match="a Wan directory becomes a student by 'scd transplant'"):
         find(tmp_path / "wan")
+    for name in ("stage2", "stage3"):
+        (tmp_path / "demo" / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match="no checkpoint here; give one of the runs in it: stage2, stage3"
+    ):
+        find(tmp_path / "demo")
     with pytest.raises(UserError, match="absent: no such folder, so no checkpoint; give"):
         find(tmp_path / "absent")
 

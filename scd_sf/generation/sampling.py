@@ -129,12 +129,9 @@ class SampleConfig:
     """Quality of the files: 0 (best) .. 51."""
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.batch, self.fps) < 1:
-            raise UserError("samples, batch and fps must be at least 1")
-        if self.fps > FPS or self.seed < 0:
-            raise UserError(
-                f"fps is {self.fps}, it must be at most {FPS}; seed is {self.seed}, it must be 0 or more"
-            )
+        check_within(self, {"samples": (1, 1e9), "batch": (1, 1e6), "fps": (1, FPS)})
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be 0 or more")
         check_history(self.history)
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
         if not 0 <= self.crf <= 51:

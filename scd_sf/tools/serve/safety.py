@@ -138,7 +138,9 @@ class Guard:
             if scope["type"] == "websocket":
                 await _refuse_page(receive, send)
             else:
-                refusal = PlainTextResponse("this server has another name", 421, headers=HEADERS)
+                refusal = PlainTextResponse(
+                    "this server has another name; start it with --name NAME", 421, headers=HEADERS
+                )
                 await refusal(scope, receive, send)
         elif scope["type"] == "http":
             await self.app(scope, receive, _with_headers(send))

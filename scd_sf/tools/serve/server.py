@@ -571,12 +571,13 @@ def run_server(cfg: ServeConfig) -> None:
     listener = listen(cfg.host, cfg.port)
     with listener:
         port = listener.getsockname()[1]
+        names = Names(cfg.host, port, cfg.names)
         maker, record = open_maker(cfg)
         generator = Generator(
             maker, lambda: setattr(server, "should_exit", True), most_watchers=cfg.watchers
         )
         service = Service(generator, record, token, cfg.crf)
-        server = web_server(service.app(Names(cfg.host, port, cfg.names)))
+        server = web_server(service.app(names))
         generator.start()
         if generator.no_h264:
             say(f"pictures are JPEGs alone: {generator.no_h264}")
