@@ -338,10 +338,17 @@ def serve(
     vae_device: Annotated[
         str, typer.Option(help="Device of the VAE, such as cuda:1; empty: the student's.")
     ] = "",
+    compile_steps: Annotated[
+        bool, typer.Option("--compile", help="torch.compile for every step; begins minutes later.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Replay every step as a CUDA graph (GPU only).")
+    ] = False,
 ) -> None:
     """Type a prompt in the browser and watch the video as it is made. SCD_SERVE_TOKEN: a token of
     your own instead of a random one."""
     try:
+        from scd_sf.generation.compile import CompileConfig
         from scd_sf.tools.serve.server import ServeConfig, run_server
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "websockets"):
@@ -370,6 +377,7 @@ def serve(
             watchers=watchers,
             overlap=overlap,
             vae_device=vae_device,
+            compile=CompileConfig(compile_steps, cuda_graphs),
         )
     )
 

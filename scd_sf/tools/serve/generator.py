@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -90,6 +90,25 @@ class ClipMaker:
 
     def encode(self, prompt: str) -> Conditioning:
         return self.text.encode([prompt]).to(self.device)
+
+
+def warm_up(maker: ClipMaker) -> None:
+    """Latents of a clip whose history fills and moves on: what is compiled or recorded is so
+    afterwards, and no viewer waits for it."""
+    chunk = maker.student.chunk
+    count = (maker.window + maker.sink) // chunk + 3
+    shape = replace(maker.shape, frames=min(maker.shape.frames, count * chunk))
+    clip = clip_latents(
+        maker.student,
+        maker.vae,
+        maker.encode(""),
+        [0],
+        shape,
+        maker.sampler,
+        window=maker.window,
+        sink=maker.sink,
+    )
+    deque(clip, maxlen=0)
 
 
 @dataclass(frozen=True)

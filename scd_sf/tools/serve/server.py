@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -32,10 +32,11 @@ from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.data.start import picture_of, picture_pixels
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.files import Json, foreign
+from scd_sf.generation.compile import CompileConfig
 from scd_sf.generation.generate import check_window
 from scd_sf.generation.sampling import SampleConfig, open_generator
 from scd_sf.tools.serve import camera
-from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat
+from scd_sf.tools.serve.generator import ClipMaker, ClipRequest, Generator, Seat, warm_up
 from scd_sf.tools.serve.protocol import (
     MOST_PICTURE,
     PICTURE_FORMATS,
@@ -134,6 +135,8 @@ class ServeConfig:
     """Decode a chunk while the next one is made: on, off, or auto (off on one core without a GPU)."""
     vae_device: str = ""
     """Device of the VAE or tiny decoder, such as cuda:1; empty: that of the student."""
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    """What is compiled or replayed, before the first viewer comes."""
 
     def __post_init__(self) -> None:
         check_within(self, {"seconds": (0, 1e9), "keep": (1, 3600), "quality": (1, 95)})
@@ -159,6 +162,7 @@ def open_maker(cfg: ServeConfig) -> tuple[ClipMaker, Json]:
         dtype=cfg.dtype,
         fps=cfg.fps,
         crf=cfg.crf,
+        compile=cfg.compile,
         text_cache="off",  # a cache would grow with every prompt
     )
     device = device_of("")
@@ -573,6 +577,9 @@ def run_server(cfg: ServeConfig) -> None:
         port = listener.getsockname()[1]
         names = Names(cfg.host, port, cfg.names)
         maker, record = open_maker(cfg)
+        if cfg.compile.enabled or cfg.compile.cuda_graphs:
+            say("making the steps fast, for which the page waits ..")
+            warm_up(maker)
         generator = Generator(
             maker, lambda: setattr(server, "should_exit", True), most_watchers=cfg.watchers
         )

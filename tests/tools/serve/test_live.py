@@ -4,6 +4,7 @@ who is refused."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import hashlib
 import http.client
@@ -28,17 +29,28 @@ import serve_world
 import torch
 from PIL import Image
 from serve_world import HOST, KEPT, TOKEN, Live, Talk, seated
+from tape import record
+from torch._dynamo.utils import counters
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scd_sf.cli import serve
 from scd_sf.data.clips import read_video, video_writer
+from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import as_uint8, clip_latents, generate
 from scd_sf.generation.inputs import ChunkInput, chunk_inputs
 from scd_sf.generation.prompt_change import PromptChange
+from scd_sf.models.replay import Replayed
 from scd_sf.models.wan.vae import PixelDecoder, PixelStream
 from scd_sf.tools.serve.audience import BEHIND
 from scd_sf.tools.serve.camera import HEAD, MARK, MOST_BYTES, Camera, is_frame, read_frame
-from scd_sf.tools.serve.generator import TOO_LATE, ClipMaker, ClipRequest, Generator, Seat
+from scd_sf.tools.serve.generator import (
+    TOO_LATE,
+    ClipMaker,
+    ClipRequest,
+    Generator,
+    Seat,
+    warm_up,
+)
 from scd_sf.tools.serve.pictures import KEY_SECONDS, jpeg, nal_units
 from scd_sf.tools.serve.protocol import (
     FLAGS_SHIFT,
@@ -1059,6 +1071,39 @@ def test_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert model_name(Path("/checkpoints/step_00000007")) == "step_00000007"
     monkeypatch.chdir(step)
     assert model_name(Path("../step_00000007")) == model_name(Path(".")) == "run/step_00000007"
+
+
+@pytest.mark.parametrize("kind", ["recorded", "compiled"])
+def test_steps_are_made_fast_before_a_viewer_comes(live: Live, kind: str) -> None:
+    """Recorded (by the tape that stands for CUDA graphs) or compiled in the warm-up; a clip, another
+    prompt and a history that moves on then add nothing, and the frames are the same."""
+    student, count = copy.deepcopy(live.maker.student), list[int]()
+
+    def counted(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        count.append(1)
+        return record(step)
+
+    def num_made() -> int:
+        return len(count) + int(counters["stats"]["unique_graphs"])
+
+    torch._dynamo.reset()
+    before = num_made()
+    if kind == "recorded":
+        student.replay = Replayed(counted)
+    else:
+        compile_steps(student, CompileConfig(enabled=True), torch.device("cpu"), "eager")
+    maker = replace(live.maker, student=student)
+    warm_up(maker)
+    warm = num_made()
+    assert warm > before
+    with generating(maker) as generator:
+        watched = Watched(generator)
+        watched.play(7)
+        for number in range(1, 9):
+            until(lambda number=number: watched.seat.made >= number)  # type: ignore[misc]
+            generator.shown(watched.seat, number)
+    assert watched.frames()[:29] == made(live, 8, MEADOW, 7)
+    assert num_made() == warm
 
 
 @pytest.mark.gpu
