@@ -78,10 +78,10 @@ document.addEventListener("keydown", () => { window.pressed = performance.now();
 # When each frame of the camera is sent, and when the chunks that are made from them come.
 FILM = """
 window.filmed = {}; window.chunks = [];
-const plainSend = WebSocket.prototype.send, heard = new WeakSet();
+const plainSend = WebSocket.prototype.send, sockets = new WeakSet();
 WebSocket.prototype.send = function (data) {
-  if (!heard.has(this)) {
-    heard.add(this);
+  if (!sockets.has(this)) {
+    sockets.add(this);
     this.addEventListener("message", ({ data }) => {
       if (typeof data !== "string" || !data.includes('"camera"')) return;
       const { type, first, frames, camera } = JSON.parse(data);
@@ -584,8 +584,8 @@ def measure_camera(options: argparse.Namespace) -> dict[str, Any]:
         shown, chunks, filmed = page.evaluate("[window.shown, window.chunks, window.filmed]")
     times = [at for _, at in shown]
     when = dict(shown)
-    come = [at - filmed[str(camera)] for _, camera, at in chunks]
-    seen = [when[last] - filmed[str(camera)] for last, camera, _ in chunks if last in when]
+    to_page = [at - filmed[str(camera)] for _, camera, at in chunks]
+    to_screen = [when[last] - filmed[str(camera)] for last, camera, _ in chunks if last in when]
     return {
         "fps": options.fps,
         "seconds": options.seconds,
@@ -593,8 +593,8 @@ def measure_camera(options: argparse.Namespace) -> dict[str, Any]:
         "camera_fps": round(sent / options.seconds, 2),
         "page_fps": round(1000 * (len(times) - 1) / (times[-1] - times[0]), 2),
         "late_share": round(late_share(times, options.fps), 4),
-        "to_page_ms": [round(statistics.median(come)), round(max(come))],
-        "to_screen_ms": [round(statistics.median(seen)), round(max(seen))],
+        "to_page_ms": [round(statistics.median(to_page)), round(max(to_page))],
+        "to_screen_ms": [round(statistics.median(to_screen)), round(max(to_screen))],
     }
 
 

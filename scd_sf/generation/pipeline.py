@@ -305,10 +305,10 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
 
     def _states(self, text: Prompts | None, embeds: Tensor | None, name: str) -> Tensor:
         """(P, L, E) of prompts, or of states of at most L tokens."""
-        given = self._checked(text, embeds, name)
-        if not isinstance(given, Tensor):
-            return self._encode(given)
-        padded = nn.functional.pad(given, (0, 0, 0, self._text.max_length - given.shape[1]))
+        source = self._checked(text, embeds, name)
+        if not isinstance(source, Tensor):
+            return self._encode(source)
+        padded = nn.functional.pad(source, (0, 0, 0, self._text.max_length - source.shape[1]))
         return padded.to(self._execution_device, torch.float32)
 
     def _null(

@@ -191,7 +191,9 @@ def test_windows_and_prompts_that_change_are_what_they_are_said_to_be(
     noise, queries = ([tiny.latents(1, n, seed + i) for i in range(CHUNKS)] for seed in (100, 200))
 
     def rolled(student: Student, changes: Changes, window: int, sink: int) -> Tensor:
-        told = {k: PromptChange(PROMPTS[p], history) for k, (p, history) in changes.items()}
+        prompt_changes = {
+            k: PromptChange(PROMPTS[p], history) for k, (p, history) in changes.items()
+        }
         drawn = iter(queries)
         parts = stream_rollout(
             student,
@@ -201,7 +203,7 @@ def test_windows_and_prompts_that_change_are_what_they_are_said_to_be(
             torch.zeros_like,
             query_noise=lambda _: next(drawn),
             cache=CacheConfig.sampling(window, sink, CHUNKS * n),
-            prompts=told.get,
+            prompts=prompt_changes.get,
         )
         return torch.cat(list(parts), 1)
 

@@ -135,8 +135,8 @@ def test_seeds_do_not_depend_on_batch_or_on_the_other_videos(
         assert (left - right).abs().mean() < 0.5  # batches round differently
 
 
-def refused(*given: object) -> str:
-    result = recipe_runner.run(SCRIPT, *given)
+def refused(*options: object) -> str:
+    result = recipe_runner.run(SCRIPT, *options)
     assert result.code == 2, result.err
     line = result.err.splitlines()[-1]
     assert line.startswith("error: ") and "Traceback" not in result.err
@@ -153,16 +153,16 @@ def test_other_sampler_of_a_distilled_checkpoint(chain: Chain, tmp_path: Path) -
 def test_other_sampler_and_size_of_a_checkpoint_that_is_not_distilled(
     chain: Chain, tmp_path: Path
 ) -> None:
-    given = [
+    options = [
         *arguments(chain, tmp_path / "out", "stage2"),
         "sampler={name: renoise, steps: 2}",
         "frames=5",
     ]
-    assert "dtype 'fp8' is unknown" in refused(*given, "dtype=fp8")
+    assert "dtype 'fp8' is unknown" in refused(*options, "dtype=fp8")
     assert "compile.cuda_graphs: the device is cpu" in refused(
-        *given, "compile={enabled: true, cuda_graphs: true}"
+        *options, "compile={enabled: true, cuda_graphs: true}"
     )
-    recipe_runner.succeed(SCRIPT, *given, "samples=1", "dtype=bf16")
+    recipe_runner.succeed(SCRIPT, *options, "samples=1", "dtype=bf16")
     assert read_video(tmp_path / "out" / "0000-00.mp4").shape == (5, 3, 32, 32)
     assert manifest(tmp_path / "out")["settings"]["dtype"] == "bf16"
 
@@ -170,21 +170,21 @@ def test_other_sampler_and_size_of_a_checkpoint_that_is_not_distilled(
 def test_a_folder_is_one_command_s_and_goes_on_after_any_kill(chain: Chain, tmp_path: Path) -> None:
     """A second command is refused while a first one is at work; what a killed one left is no
     obstacle, and is gone."""
-    given = [
+    options = [
         f"checkpoint={chain.root}/stage3",
         f"out={tmp_path}/out",
         f"prompts={json.dumps(PROMPTS[:1])}",
         "frames=5",
     ]
     with locked(tmp_path / "out", "samples"):
-        assert f"process {os.getpid()}" in refused(*given)
+        assert f"process {os.getpid()}" in refused(*options)
     for target in (
         "scd_sf.generation.folder:write_json",
         "scd_sf.generation.sampling:VideoGenerator.frames",
         "os:replace",
     ):
-        assert recipe_runner.run(SCRIPT, *given, at=At(target, 1)).code == -9
-    recipe_runner.succeed(SCRIPT, *given)
+        assert recipe_runner.run(SCRIPT, *options, at=At(target, 1)).code == -9
+    recipe_runner.succeed(SCRIPT, *options)
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert names == [".done", ".lock", "0000-00.mp4", "manifest.json"]
     record = manifest(tmp_path / "out")["videos"]["0000-00.mp4"]
@@ -217,11 +217,15 @@ def test_a_video_is_made_again_from_its_manifest(
         {"prompt": PROMPTS[1], "start": "red.png"},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/rich", "frames=17", "crf=0"]
-    given += [f"prompt_file={tmp_path}/p.jsonl", "guidance.text.scale=2", "guidance.scope=decoder"]
-    given += ["negative_prompt=left", "window=2", "sink=1", "dtype=bf16", "text_cache=off"]
-    given += ["history=recache"]
-    code, said = scd(monkeypatch, capsys, "sample", *given)
+    options = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/rich", "frames=17", "crf=0"]
+    options += [
+        f"prompt_file={tmp_path}/p.jsonl",
+        "guidance.text.scale=2",
+        "guidance.scope=decoder",
+    ]
+    options += ["negative_prompt=left", "window=2", "sink=1", "dtype=bf16", "text_cache=off"]
+    options += ["history=recache"]
+    code, said = scd(monkeypatch, capsys, "sample", *options)
     assert code == 0, said
     shutil.copytree(made, tmp_path / "samples")
     for folder, name, more in (
@@ -288,27 +292,27 @@ def test_a_tiny_decoder_is_recorded(
     patch = vae.geometry.spatial // 8
     model = TinyDecoder(TinyVaeConfig(vae.geometry.channels, (4, 4, 4, 4), patch=patch))
     file = save_decoder(model, tiny, latents_of(vae))
-    given = [*arguments(chain, tmp_path / "out")[:-3], "samples=1", "crf=0", f"decoder={tiny}"]
-    code, said = scd(monkeypatch, capsys, "sample", *given)
+    options = [*arguments(chain, tmp_path / "out")[:-3], "samples=1", "crf=0", f"decoder={tiny}"]
+    code, said = scd(monkeypatch, capsys, "sample", *options)
     assert code == 0, said
     settings: dict[str, object] = manifest(tmp_path / "out")["settings"]  # type: ignore[assignment]
     assert settings["decoder"] == str(tiny) and settings["decoder_sha256"] == sha256_file(file)
     video = tmp_path / "out" / "0000-00.mp4"
     assert read_video(video).shape == (9, 3, 32, 32)
-    cfg = load_config(SampleConfig, None, given)
+    cfg = load_config(SampleConfig, None, options)
     generator, _ = open_generator(cfg, torch.device("cpu"))
     assert generator.decoder is not None and generator.decoder.latents == latents_of(vae)
     again = ["again", video, "--out"]
     code, said = scd(monkeypatch, capsys, *again, tmp_path / "same")
     assert code == 0 and "the same bytes as recorded" in said
-    code, said = scd(monkeypatch, capsys, "sample", *given[:-1])
+    code, said = scd(monkeypatch, capsys, "sample", *options[:-1])
     assert code == 2 and f"decoder is '{tiny}' there but '' now" in said
     model.get_parameter("decoder.22.bias").data += 1.0
     save_decoder(model, tiny, latents_of(vae))
     code, said = scd(monkeypatch, capsys, *again, tmp_path / "other")
     assert code == 2 and "is another file than" in said and not (tmp_path / "other").exists()
     save_decoder(model, tiny, "another VAE's")
-    code, said = scd(monkeypatch, capsys, "sample", *given)
+    code, said = scd(monkeypatch, capsys, "sample", *options)
     assert code == 2 and "is for another VAE" in said
 
 
@@ -317,13 +321,13 @@ def test_a_seed_is_its_prompt_s_wherever_it_stands(tmp_path: Path) -> None:
     own."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "b", "seed": 30}\n{"prompt": "a"}\n')
     seeds = []
-    for given in (
+    for options in (
         'prompts=["a", "b"]',
         'prompts=["b", "c", "a"]',
         f"prompt_file={tmp_path}/p.jsonl",
     ):
         cfg = load_config(
-            SampleConfig, None, ["checkpoint=x", "out=x", given, "samples=2", "seed=7"]
+            SampleConfig, None, ["checkpoint=x", "out=x", options, "samples=2", "seed=7"]
         )
         seeds.append([video.seed for video in wanted_videos(cfg) if video.row.prompt == "a"])
     assert seeds == [[7, 8]] * 3
@@ -363,14 +367,14 @@ def test_prompts_from_csv_and_jsonl_and_an_exported_file(
     export_weights(chain.root / "stage3", tmp_path / "student.safetensors", "single", dtype="fp32")
     for name in ("p.csv", "p.jsonl"):
         out, single = tmp_path / f"from-{name}", tmp_path / "student.safetensors"
-        given = [
+        options = [
             f"checkpoint={single}",
             f"out={out}",
             f"prompt_file={tmp_path}/{name}",
             "prompt_column=caption",
             "crf=0",
         ]
-        recipe_runner.succeed(SCRIPT, *given)
+        recipe_runner.succeed(SCRIPT, *options)
         for video, entry in manifest(out)["videos"].items():
             assert entry["seed"] == manifest(made)["videos"][video]["seed"]
             left, right = read_video(out / video).float(), read_video(made / video).float()
@@ -423,9 +427,9 @@ def test_a_video_is_made_anew(
         {"prompt": PROMPTS[1]},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [f"checkpoint={chain.root}/stage3", f"prompt_file={tmp_path}/p.jsonl", "samples=2"]
-    given += [f"out={tmp_path}/out", "crf=0", "strength=0.9", "text_cache=off"]
-    code, said = scd(monkeypatch, capsys, "sample", *given)
+    options = [f"checkpoint={chain.root}/stage3", f"prompt_file={tmp_path}/p.jsonl", "samples=2"]
+    options += [f"out={tmp_path}/out", "crf=0", "strength=0.9", "text_cache=off"]
+    code, said = scd(monkeypatch, capsys, "sample", *options)
     assert code == 0, said
     assert "strength 0.9: begins with noise 0.8333, 2 of 4 steps; no student is trained" in said
     content = manifest(tmp_path / "out")
@@ -446,11 +450,11 @@ def test_a_video_is_made_anew(
     code, said = scd(monkeypatch, capsys, *again, tmp_path / "again")
     assert code == 0 and "the same bytes as recorded" in said
     assert manifest(tmp_path / "again")["settings"] == content["settings"]
-    code, said = scd(monkeypatch, capsys, "sample", *given)
+    code, said = scd(monkeypatch, capsys, "sample", *options)
     assert code == 0 and "6 finished before" in said
 
     # the frames are those of generate() with the file's latents, encoded as a whole
-    cfg = load_config(SampleConfig, None, [*given, "batch=2"])
+    cfg = load_config(SampleConfig, None, [*options, "batch=2"])
     maker, _ = open_generator(cfg, torch.device("cpu"))
     videos = wanted_videos(cfg)
     pixels = read_start(tmp_path / "fast.mp4", (32, 32), 1, 16)[None, :17]
@@ -470,7 +474,7 @@ def test_a_video_is_made_anew(
     assert (own[0].float() - own[1].float()).abs().mean() > 0.1  # another seed
 
     def refusal(*more: str) -> str:
-        code, said = scd(monkeypatch, capsys, "sample", *given, *more)
+        code, said = scd(monkeypatch, capsys, "sample", *options, *more)
         assert code == 2
         return said
 
@@ -526,9 +530,9 @@ def test_a_folder_of_an_earlier_version_gains_a_video_that_is_made_anew(
     rows = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[1], "video": "a.mp4"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
-    given = [f"checkpoint={chain.root}/stage3", f"out={out}", "crf=0", "text_cache=off"]
-    plain = [*given, f"prompts={json.dumps(PROMPTS[:1])}"]
-    anew = [*given, f"prompt_file={tmp_path}/p.jsonl", "strength=0.9"]
+    options = [f"checkpoint={chain.root}/stage3", f"out={out}", "crf=0", "text_cache=off"]
+    plain = [*options, f"prompts={json.dumps(PROMPTS[:1])}"]
+    anew = [*options, f"prompt_file={tmp_path}/p.jsonl", "strength=0.9"]
 
     def sample(*arguments: str) -> tuple[int, str]:
         return scd(monkeypatch, capsys, "sample", *arguments)
@@ -616,12 +620,17 @@ def test_a_student_of_three_frames_at_a_time(
         {"prompt": PROMPTS[1], "then": [[21, PROMPTS[0]]]},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [f"checkpoint={student}", f"prompt_file={tmp_path}/p.jsonl", "height=32", "width=32"]
-    given += [f"out={tmp_path}/out", "sampler={name: renoise, steps: 2}", "text_cache=off", "crf=0"]
-    given += ["history=recache", "sink=2"]
+    options = [f"checkpoint={student}", f"prompt_file={tmp_path}/p.jsonl", "height=32", "width=32"]
+    options += [
+        f"out={tmp_path}/out",
+        "sampler={name: renoise, steps: 2}",
+        "text_cache=off",
+        "crf=0",
+    ]
+    options += ["history=recache", "sink=2"]
 
     def refusal(*more: str) -> str:
-        code, said = scd(monkeypatch, capsys, "sample", *given, *more)
+        code, said = scd(monkeypatch, capsys, "sample", *options, *more)
         assert code == 2 and not (tmp_path / "out").exists()
         return said
 
@@ -634,8 +643,8 @@ def test_a_student_of_three_frames_at_a_time(
         ([*one, "frames=33", "history=keep", f"start={tmp_path}/a.mp4"], "gives 10 latent frames"),
     ):
         assert words in refusal(*more), more
-    given += ["window=4", "frames=33"]
-    code, said = scd(monkeypatch, capsys, "sample", *given)
+    options += ["window=4", "frames=33"]
+    code, said = scd(monkeypatch, capsys, "sample", *options)
     assert code == 0 and "strength 0.8333: begins with noise 0.8333, 1 of 2 steps" in said, said
     content = manifest(tmp_path / "out")
     assert [len(read_video(tmp_path / "out" / name)) for name in content["videos"]] == [33, 33]
@@ -650,7 +659,7 @@ def test_known_prompts_need_no_text_encoder(
 ) -> None:
     """Two batches with Wan's negative prompt: each text is encoded once, and not at all by the next
     run."""
-    given = [
+    options = [
         argument
         for argument in arguments(chain, tmp_path / "out", "stage2")
         if "batch" not in argument
@@ -661,7 +670,7 @@ def test_known_prompts_need_no_text_encoder(
         f"text_cache={tmp_path}/cache",
         "sampler.name=euler",
     ]
-    cfg = load_config(SampleConfig, None, [*given, *more, "sampler.steps=2"])
+    cfg = load_config(SampleConfig, None, [*options, *more, "sampler.steps=2"])
     assert cfg.negative_prompt == WAN_NEGATIVE_PROMPT
     seen: list[str] = []
 
@@ -692,7 +701,7 @@ def test_known_prompts_need_no_text_encoder(
 
 @pytest.mark.slow
 def test_ranks_share_the_videos(chain: Chain, made: Path, tmp_path: Path) -> None:
-    given = arguments(chain, tmp_path / "out")
+    options = arguments(chain, tmp_path / "out")
     command = [
         sys.executable,
         "-m",
@@ -701,7 +710,7 @@ def test_ranks_share_the_videos(chain: Chain, made: Path, tmp_path: Path) -> Non
         "--nproc_per_node",
         "2",
         SCRIPT,
-        *given,
+        *options,
     ]
     done = subprocess.run(
         command, cwd=recipe_runner.ROOT, capture_output=True, text=True, timeout=300, check=False
@@ -715,7 +724,7 @@ def test_ranks_share_the_videos(chain: Chain, made: Path, tmp_path: Path) -> Non
 
 
 def test_bad_prompt_files(chain: Chain, tmp_path: Path) -> None:
-    given = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out"]
+    options = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out"]
     for name, text, words in (
         ("a.csv", "text\nhello\n", "no column 'prompt' (it has text); set prompt_column"),
         ("b.csv", 'prompt\n"left in\n', "line"),
@@ -742,9 +751,9 @@ def test_bad_prompt_files(chain: Chain, tmp_path: Path) -> None:
         ("h.jsonl", '{"prompt": "a", "start": "none.png"}\n', "none.png: no such file"),
     ):
         (tmp_path / name).write_text(text)
-        assert words in refused(*given, f"prompt_file={tmp_path}/{name}"), name
+        assert words in refused(*options, f"prompt_file={tmp_path}/{name}"), name
     for more, words in ((["sink=1"], "a sink needs a window"), (["crf=99"], "crf is 99")):
-        assert words in refused(*given, f"prompts={json.dumps(PROMPTS)}", *more)
+        assert words in refused(*options, f"prompts={json.dumps(PROMPTS)}", *more)
     assert not (tmp_path / "out").exists()
 
 

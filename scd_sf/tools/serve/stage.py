@@ -99,9 +99,8 @@ class Streams:
 
 @dataclass(frozen=True)
 class Moment:
-    """How far a device's work had come. ``clock``: monotonic seconds at which this was asked;
-    ``event``: recorded on the thread's stream of a GPU; None on a CPU, which does at once what it is
-    told."""
+    """How far a device's work had come. ``clock``: monotonic seconds of the call. ``event``: recorded
+    on the thread's stream of a GPU; None on a CPU, whose work is done when a call returns."""
 
     clock: float
     event: torch.cuda.Event | None = None

@@ -53,8 +53,8 @@ def benchmark(live: Live, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def options(**more: object) -> argparse.Namespace:
     program = chromium(os.environ.get("CHROMIUM"), os.environ.get("PATH"))
-    asked = {"checkpoint": "", "fps": FPS, "decoder": "", "overlap": "on", "chromium": program}
-    return argparse.Namespace(**{**asked, "seconds": 2, "repeats": 1, "bound": 20, **more})
+    defaults = {"checkpoint": "", "fps": FPS, "decoder": "", "overlap": "on", "chromium": program}
+    return argparse.Namespace(**{**defaults, "seconds": 2, "repeats": 1, "bound": 20, **more})
 
 
 def test_speed_and_camera(benchmark: ModuleType) -> None:
