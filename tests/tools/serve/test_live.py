@@ -1202,7 +1202,7 @@ def test_a_chunk_is_decoded_while_the_next_one_is_made(live: Live) -> None:
         watched.play(0)
         until(lambda: watched.seat.begun == generator.ahead)
         assert gate.pushes == 1 and watched.kinds() == ["Started"]
-        generator.change_prompt(watched.seat, HALL)
+        generator.change_prompt(watched.seat, ChangePrompt(HALL))
         watched.play(1)
         gate.may_go_on.set()
         until(lambda: len(watched.said) == 2 + generator.ahead)
