@@ -13,6 +13,7 @@ Recent frames stay as they are: rotary attention sees only differences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -118,8 +119,9 @@ class CacheConfig:
         return Window(recent, self.sink * per_frame, turn_step, axes)
 
     def num_lengths(self, chunk: int) -> int:
-        """Number of lengths of a preallocated history that grows by ``chunk`` frames."""
-        return (self.preallocate or 0) // chunk + 1
+        """Number of lengths of a preallocated history that grows by ``chunk`` frames: none, whole
+        chunks, full."""
+        return math.ceil((self.preallocate or 0) / chunk) + 1
 
 
 def turned(k_BNLD: Tensor, frames: int, axes: Axes) -> Tensor:

@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.nn.kv_cache import KV, KVCache, RingKVCache, Window
+from scd_sf.nn.kv_cache import KV, CacheConfig, KVCache, RingKVCache, Window
 from scd_sf.nn.rope import axis_dims, rope_table, rotate
 from scd_sf.types import UserError
 
@@ -99,6 +99,15 @@ def test_ring_keeps_its_memory() -> None:
     after = ring.layer(0)
     assert before is not None and after is not None
     assert before[0].untyped_storage().data_ptr() == after[0].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("window", "sink", "chunk"), [(4, 0, 2), (5, 0, 3), (5, 1, 3), (4, 0, 4)])
+@torch.no_grad()
+def test_the_number_of_a_ring_s_lengths(window: int, sink: int, chunk: int) -> None:
+    config = CacheConfig.sampling(window, sink, 100)
+    ring = RingKVCache(config.preallocate or 0, chunk, wrap=True, window=Window(sink=sink))
+    lengths = {0} | {extended(ring, piece).num_tokens for piece in pieces([chunk] * 9)}
+    assert len(lengths) == config.num_lengths(chunk)
 
 
 @torch.no_grad()

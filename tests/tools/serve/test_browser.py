@@ -78,9 +78,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def browser() -> Iterator[Browser]:
     program = chromium(os.environ.get("CHROMIUM"), os.environ.get("PATH"))
     with sync_playwright() as playwright:
-        fake = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        fake = "--use-fake-device-for-media-stream"
         browser = playwright.chromium.launch(
-            executable_path=program, headless=True, args=[*QUIET, *fake]
+            executable_path=program, headless=True, args=[*QUIET, fake]
         )
         yield browser
         browser.close()
@@ -98,9 +98,18 @@ class Visit:
     """A page of the server with all that it complained about or asked for."""
 
     def __init__(
-        self, browser: Browser, url: str, width: int = 1200, height: int = 900, script: str = ""
+        self,
+        browser: Browser,
+        url: str,
+        width: int = 1200,
+        height: int = 900,
+        script: str = "",
+        camera: bool = True,
     ) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": height})
+        """``camera``: what its user says where the browser asks for it."""
+        self.context = browser.new_context(
+            viewport={"width": width, "height": height}, permissions=["camera"] if camera else []
+        )
         self.page: Page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -233,6 +242,17 @@ def test_a_camera(live: Live, browser: Browser) -> None:
     plain.page.locator("#camera").click()
     plain.until(f"{SAID}.startsWith('Browsers give cameras to secure pages alone')")
     plain.context.close()
+    refused = Visit(browser, f"http://127.0.0.1:{live.port}/", camera=False)
+    refused.until("document.body.dataset.ready === 'true'", 30)
+    refused.page.locator("#camera").click()
+    refused.until(
+        f"{SAID}.startsWith('The camera cannot be used: Permission denied; allow it for this page')"
+    )
+    assert refused.ask("document.getElementById('view').hidden")
+    refused.page.locator("#start").click()  # and it plays without one
+    refused.until(f"{FRAME} >= 4")
+    assert refused.ask("camera") is None and refused.complaints == []
+    refused.context.close()
 
 
 def test_busy_a_cut_and_a_phone(live: Live, browser: Browser) -> None:

@@ -365,7 +365,8 @@ async function switchCamera() {
     said("The next clip is made from the camera: press Start. No student is trained for this.");
   } catch (error) {
     stopCamera();
-    complain(`The camera cannot be used: ${error.message}`);
+    const remedy = error.name === "NotAllowedError" ? "; allow it for this page, beside the browser's address line" : "";
+    complain(`The camera cannot be used: ${error.message}${remedy}`);
   }
   buttons();
 }
