@@ -42,8 +42,8 @@ from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompt_files import read_prompt_file
 from scd_sf.data.prompts import PromptSet
 from scd_sf.data.sources.far import read_far_list
+from scd_sf.data.sources.picture_reader import read_picture
 from scd_sf.data.sources.raw_files import arrays_of, one_tensor, open_raw
-from scd_sf.data.start import read_picture
 from scd_sf.distributed import Ranks
 from scd_sf.evaluation.vbench.aggregate import read_scores
 from scd_sf.evaluation.vbench.prompts import load_entries, read_extended

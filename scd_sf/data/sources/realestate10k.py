@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from scd_sf.data.sources.picture_reader import picture_of
 from scd_sf.data.sources.pixels import PixelClip
 from scd_sf.data.sources.raw_files import COPY, LARGEST, Refused, tensor_file
 from scd_sf.data.sources.video_reader import LARGEST_FRAME, resize_crop
@@ -149,11 +149,9 @@ def _picture(image: object, size: int, where: str, number: int) -> np.ndarray:
         raise UserError(f"{where}: image {number} is not the bytes of a JPEG file; {COPY}")
     if image.numel() > image.untyped_storage().nbytes():  # an expanded view of few bytes
         raise UserError(f"{where}: image {number} claims {image.numel()} bytes; {COPY}")
-    with (
-        foreign(f"{where}: image {number} cannot be decoded", COPY),
-        Image.open(io.BytesIO(image.numpy().tobytes()), formats=["JPEG"]) as picture,
-    ):
-        if picture.width * picture.height > LARGEST_FRAME:  # nothing is decoded yet
-            raise ValueError(f"{picture.width}x{picture.height} is too large")
-        pixels = np.array(picture.convert("RGB"))
+    place = f"{where}: image {number}"
+    with foreign(f"{place} cannot be decoded", COPY):
+        file = io.BytesIO(image.numpy().tobytes())
+        picture = picture_of(file, place, LARGEST_FRAME, ("JPEG",))
+    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return resize_crop(pixels, size)

@@ -14,7 +14,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from scd_sf.data.start import picture_of
+from scd_sf.data.sources.picture_reader import picture_of
 from scd_sf.files import foreign
 from scd_sf.types import UserError
 

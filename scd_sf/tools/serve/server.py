@@ -29,7 +29,8 @@ from torch import Tensor
 from websockets.exceptions import InvalidState
 
 from scd_sf.checkpoint import find, weights_sha256
-from scd_sf.data.start import picture_of, picture_pixels
+from scd_sf.data.sources.picture_reader import picture_of
+from scd_sf.data.start import picture_pixels
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.files import Json, foreign
 from scd_sf.generation.compile import CompileConfig
