@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -118,7 +117,7 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
             WORLD_SIZE="1",
             LOCAL_RANK="0",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
+            MASTER_PORT="0",  # nobody is met there
         )
     missing_names = [
         k
@@ -172,11 +171,14 @@ def rank_zero_first(ranks: Ranks, work: Callable[[], object]) -> None:
 
 
 def ensure_process_group(ranks: Ranks) -> None:
-    """A process group even for one process: DeepSpeed needs one."""
+    """A process group even for one process, which needs no port: DeepSpeed needs a group."""
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if ranks.device.type == "cuda" else "gloo",
             timeout=timedelta(minutes=_TIMEOUT_MINUTES),
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=ranks.rank,
+            world_size=ranks.world,
         )
 
 
@@ -218,9 +220,3 @@ def _set_threads(processes: int) -> None:
     torch.set_num_threads(
         min(threads, int(setting)) if setting.isdigit() and int(setting) > 0 else threads
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,6 +8,7 @@ other process.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import importlib.util
@@ -48,6 +49,8 @@ PRELOAD = [
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
+_FIRST_PORT, _NUM_PORTS = 10_000, 22_000
+_ports = itertools.count(os.getpid() * 7919)  # neighbours are far apart
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,13 @@ def succeed(script: str, *arguments: object, at: At | None = None) -> Result:
 
 
 def free_port() -> str:
-    """A port of the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port of the loopback address that nobody listens on now, and that is handed out once: below
+    those that the kernel gives to connections, and for each test process another part of them."""
+    while True:
+        port = _FIRST_PORT + next(_ports) % _NUM_PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def load_script(script: str) -> ModuleType:

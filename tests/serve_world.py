@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,21 @@ class Talk:
         frames = [self.hear() for _ in range(head["frames"])]
         assert all(isinstance(frame, bytes) for frame in frames)
         return head, [(HEADER.unpack(frame[:16]), frame[16:]) for frame in frames]  # type: ignore[arg-type]
+
+
+def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
+    """Asked again and again: for what another thread or process does."""
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def wait_for_nobody(live: Live) -> None:
+    """Returns when everybody who left is gone: the server notices it later than the page, and tells
+    the next viewer."""
+    generator = live.generator
+    until(lambda: generator._seat is None and len(generator.audience) == 0)
 
 
 def seated(live: Live) -> Talk:

@@ -1,17 +1,20 @@
-"""Processes and the engine's pure parts: no process group, no deepspeed."""
+"""Processes and the engine's pure parts, without deepspeed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from recipe_runner import ROOT
 from torch import nn
 
-from scd_sf.distributed import init_distributed
+from scd_sf.distributed import ensure_process_group, init_distributed
 from scd_sf.train.base import EngineConfig, StepModule, accumulation
 from scd_sf.types import UserError
 
@@ -40,6 +43,20 @@ def test_plain_python_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["WORLD_SIZE"] == "1" and torch.get_num_threads() == 1
     assert ranks.mean({"a": 2.0}) == {"a": 2.0} and ranks.any(True) and not ranks.any(False)
     ranks.barrier()
+
+
+def test_a_group_of_one_process_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may listen on the one that was free when the process began."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as other:
+        ranks = init_distributed()
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        ensure_process_group(ranks)
+        try:
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            assert dist.get_world_size() == 1 and total.item() == 1
+        finally:
+            dist.destroy_process_group()
 
 
 def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_sheet(tmp_path: Path) -> None:
         write_sheet(tmp_path / "sheet.png", real, made, columns=4)
 
 
+@pytest.mark.filterwarnings("ignore:.*(pretrained|weight enum):UserWarning:torchvision")
 def test_perceptual(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()

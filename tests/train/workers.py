@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from recipe_runner import free_port
 from torch import Tensor, nn
 
 from scd_sf import checkpoint
@@ -328,11 +328,11 @@ Body = Callable[..., dict[str, Any]]
 def spawn(world: int, out: Path, body: Body, *args: Any) -> list[dict[str, Any]]:
     """``body(ranks, out, *args)`` in ``world`` new processes; every rank's results, through
     JSON."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     mp.start_processes(
-        main, args=(world, port, out, body, args), nprocs=world, start_method="spawn"
+        main,
+        args=(world, int(free_port()), out, body, args),
+        nprocs=world,
+        start_method="spawn",
     )
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
 

@@ -269,7 +269,7 @@ def test_frames_are_given_back_one_by_one(tmp_path: Path) -> None:
     try:
         alive = []
         for _ in frames_of(path, "a", fps=16):
-            alive.append(sum(isinstance(value, av.VideoFrame) for value in gc.get_objects()))
+            alive.append(sum(type(value) is av.VideoFrame for value in gc.get_objects()))
     finally:
         gc.enable()
     assert max(alive) - min(alive) <= 3, alive

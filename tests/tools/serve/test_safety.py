@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 from scd_sf.tools.serve import server as serving
 from scd_sf.tools.serve.protocol import Error, Started
-from scd_sf.tools.serve.safety import HEADERS, Guard, Names
+from scd_sf.tools.serve.safety import HEADERS, Guard, Names, Sweeper
 from scd_sf.tools.serve.server import Outbox, listen, web_server
 
 HOST = "127.0.0.1"
@@ -31,10 +31,15 @@ IDLE = 0.5  # seconds
 
 @dataclass
 class Running:
-    """A server whose pages are sent megabytes without end. ``pages``: how many are there."""
+    """A server whose pages are sent megabytes without end. ``pages``: how many are there.
+    ``sweeps``: whether the clock goes by which the idle are cut."""
 
     port: int
+    sweeps: bool = True
     pages: list[WebSocket] = field(default_factory=list)
+
+    def clock(self) -> float:
+        return time.monotonic() if self.sweeps else 0.0
 
     async def flood(self, page: WebSocket) -> None:
         await page.accept()
@@ -55,9 +60,10 @@ class Running:
 
     def connect(self) -> contextlib.AbstractContextManager[Any]:
         url, origin = f"ws://{HOST}:{self.port}/live", f"http://{HOST}:{self.port}"
-        return connect(url, origin=origin, compression=None, ping_interval=None)  # type: ignore[arg-type]
+        given = {"compression": None, "ping_interval": None, "close_timeout": 1}
+        return connect(url, origin=origin, **given)  # type: ignore[arg-type]
 
-    def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end
@@ -71,6 +77,8 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     running = Running(listener.getsockname()[1])
     app = Starlette(routes=[WebSocketRoute("/live", running.flood)])
     server = web_server(Guard(app, Names(HOST, running.port), 3))
+    assert isinstance(server.config.callback_notify, Sweeper)
+    server.config.callback_notify._clock = running.clock
     server.config.ws_ping_interval, server.config.ws_ping_timeout = 0.2, 0.3
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
@@ -82,6 +90,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
 
 def test_connections_that_never_ask_are_cut(running: Running) -> None:
     """Silent ones, and those that send a request byte by byte, take all places, and lose them."""
+    running.sweeps = False
     with contextlib.ExitStack() as stack:
         slow = [
             stack.enter_context(socket.create_connection((HOST, running.port))) for _ in range(100)
@@ -89,9 +98,10 @@ def test_connections_that_never_ask_are_cut(running: Running) -> None:
         for one in slow[::2]:
             one.sendall(b"GET / HTTP/1.1\r\nX: ")
         running.until(lambda: running.status().status == 503)
+        running.sweeps = True
         running.until(lambda: running.status().status == 404)
         for one in slow:
-            one.settimeout(5)
+            one.settimeout(60)
             with contextlib.suppress(ConnectionResetError):
                 assert one.recv(1) == b"", "cut"
 
