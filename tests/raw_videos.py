@@ -42,10 +42,12 @@ def write(
     matrix: Sequence[int] | None = None,
     codec: str = "libx264",
     colours: dict[str, int] | None = None,
+    live: bool = False,
 ) -> Path:
     """A video; ``times`` in milliseconds for frames that do not follow the rate. ``colours``: tags
-    of the stream."""
-    with av.open(str(path), "w") as container:
+    of the stream. ``live``: Matroska as a browser records it, without lengths."""
+    options = {"live": "1"} if live else {}
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels

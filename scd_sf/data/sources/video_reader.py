@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from scd_sf.files import foreign, refuse_lfs_pointer
-from scd_sf.types import UserError
+from scd_sf.types import UserError, plural
 
 FORMATS = "mp4, mov, mkv, webm, avi, ts"
 DEMUXERS = "mov,matroska,avi,mpegts"  # ffmpeg's names of them
@@ -52,6 +52,7 @@ AS_CODED = 0.0  # as ``fps``: frame after frame, whatever the timestamps say
 LENIENT: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 )
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # elements of Matroska
 HDR = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}
 WIDE = {ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432}
 
@@ -97,8 +98,39 @@ def _open(source: Path | bytes, where: str, remedy: str) -> Iterator[av.containe
     with foreign(f"{where}: cannot be decoded", f"{remedy} (video files may be {FORMATS})"):
         file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
         options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
-        with file, av.open(file, "r", options=options, **LENIENT) as container:
-            yield container
+        with file:
+            _check_matroska(file)
+            with av.open(file, "r", options=options, **LENIENT) as container:
+                yield container
+
+
+def _check_matroska(file: BinaryIO) -> None:
+    """ValueError for a Matroska file that ends inside an element: ffmpeg reads what is left of it as
+    a shorter video. One that was written as a stream (elements of unknown size, RFC 8794 6.2) and
+    cut between two frames cannot be told from a whole one."""
+    end = file.seek(0, io.SEEK_END)
+    position = 0
+    while position < end:
+        file.seek(position)
+        head = file.read(12)
+        id_bytes = 9 - head[0].bit_length()
+        if position == 0 and head[:4] != EBML:
+            break
+        size_bytes = 9 - head[id_bytes].bit_length() if id_bytes < len(head) else 1
+        if id_bytes > 4 or size_bytes > 8:
+            break  # no Matroska, as what others leave behind the video
+        name, size = head[:id_bytes], head[id_bytes : id_bytes + size_bytes]
+        position += id_bytes + size_bytes
+        if position <= end:
+            number = int.from_bytes(size) - (1 << 7 * size_bytes)
+            if number == (1 << 7 * size_bytes) - 1:  # unknown: its own elements follow
+                continue
+            position += number
+        if position > end:
+            raise ValueError(f"it was cut, at least {plural(position - end, 'byte')} too early")
+        if name == SEGMENT:
+            break
+    file.seek(0)
 
 
 def _stream_of(container: av.container.InputContainer) -> av.VideoStream:

@@ -99,14 +99,39 @@ def test_resampled_by_timestamps(
     )
 
 
-@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
-def test_half_a_file_is_refused(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / name, [corners(), grey(9)] * 40, rate=16)
+@pytest.mark.parametrize(("name", "live"), [("a.mkv", False), ("a.mkv", True), ("a.mp4", False)])
+def test_a_cut_file_is_refused(tmp_path: Path, name: str, live: bool) -> None:
+    """By the length that it says, or because its last element is not whole."""
+    path = write(tmp_path / name, [corners(), grey(9)] * 40, rate=16, live=live)
     assert len(read(path)) == 80
     data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=f"{name}: .*(seconds of 5.* can be decoded|Invalid data)"):
-        read(path)
+    path.write_bytes(data + bytes(64))
+    assert len(read(path)) == 80, "filled up"
+    ends = [] if name == "a.mp4" else [len(data) - 1]  # titles are last there
+    for length in (len(data) // 3, len(data) // 2, *ends):
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match=f"{name}: .*(it was cut, at least|Invalid data)"):
+            read(path)
+
+
+def test_a_recording_without_lengths_is_cut_between_frames(tmp_path: Path) -> None:
+    """A browser's recording that ends with a whole frame is a whole one; all other cuts show."""
+    path = write(tmp_path / "a.webm", [corners(), grey(9)] * 4, codec="libvpx-vp9", live=True)
+    with av.open(str(path)) as container:
+        size = [packet.size for packet in container.demux() if packet.size][-1]
+    data = path.read_bytes()
+    name, unknown = b"\x1f\x43\xb6\x75", b"\xff"  # ffmpeg knows the cluster's size, browsers do not
+    begin = data.index(name) + len(name)
+    size_bytes = 9 - data[begin].bit_length()
+    data = data[:begin] + unknown + data[begin + size_bytes :]
+    frames = []
+    for length in range(len(data) - size - 7, len(data)):
+        path.write_bytes(data[:length])
+        try:
+            frames.append(len(read(path)))
+        except UserError as error:
+            assert "it was cut, at least" in str(error)
+    assert frames == [7]
 
 
 def test_uneven_timestamps(tmp_path: Path) -> None:
