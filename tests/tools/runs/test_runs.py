@@ -168,8 +168,10 @@ def test_ranks_that_are_silent_stuck_or_of_an_earlier_job(
     assert read_run(run, NOW + 1000).reason == "no sign of life for 7 min"
 
     (run / "status.json").unlink()
-    beat(run, 0, 1, time.time())
-    beat(run, 1, 1, time.time() - 3600, host="node8\x1b[2J")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    beat(run, 0, 1, now)
+    beat(run, 1, 1, now - 3600, host="node8\x1b[2J")
     code, out, _ = scd(["show", run], monkeypatch, capsys)
     assert code == 0 and "\x1b" not in out
     assert (
