@@ -43,6 +43,7 @@ def write(
     codec: str = "libx264",
     colours: dict[str, int] | None = None,
     live: bool = False,
+    interlaced: bool = False,
 ) -> Path:
     """A video; ``times`` in milliseconds for frames that do not follow the rate. ``colours``: tags
     of the stream. ``live``: Matroska as a browser records it, without lengths."""
@@ -52,6 +53,8 @@ def write(
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels
         stream.options = {"crf": "0", "bf": "0"} if codec == "libx264" else {"qscale": "1"}
+        if interlaced:
+            stream.options = {"x264-params": "interlaced=1:tff=1", "bf": "0"}
         if times is not None:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         if aspect is not None:

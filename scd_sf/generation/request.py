@@ -260,9 +260,13 @@ def start_pixels(start: object, prompts: int, shape: VideoShape, where: str) -> 
         raise UserError(f"{where}: {len(starts)} for {prompts} prompts; give one, or one for each")
     size = (shape.pixel_height, shape.pixel_width)
     parts = []
+    files: dict[Path, Tensor] = {}  # each is decoded once
     for one in starts:
         if isinstance(one, str | Path):
-            parts.append(read_start(Path(one), size, shape.temporal, START_FPS))
+            path = Path(one)
+            if path not in files:
+                files[path] = read_start(path, size, shape.temporal, START_FPS)
+            parts.append(files[path])
         else:
             frames = list(one) if isinstance(one, Tensor | np.ndarray) and one.ndim == 4 else [one]
             if not frames:

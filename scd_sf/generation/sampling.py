@@ -265,10 +265,10 @@ class VideoGenerator:
         if not videos[0].row.start:
             return None
         size = (self.shape.pixel_height, self.shape.pixel_width)
-        starts = [Path(video.row.start) for video in videos]
-        pixels = torch.stack(
-            [read_start(start, size, self.shape.temporal, self.cfg.fps) for start in starts]
-        )
+        paths = [Path(video.row.start) for video in videos]
+        temporal, fps = self.shape.temporal, self.cfg.fps
+        starts = {path: read_start(path, size, temporal, fps) for path in dict.fromkeys(paths)}
+        pixels = torch.stack([starts[path] for path in paths])
         latent_frames = 1 + (pixels.shape[1] - 1) // self.shape.temporal
         check_start(latent_frames, self.student.chunk, self.shape, videos[0].row.start)
         return pixels

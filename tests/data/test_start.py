@@ -18,7 +18,8 @@ from scd_sf.data.sources import picture_reader, video_reader
 from scd_sf.data.sources.picture_reader import read_picture
 from scd_sf.data.start import picture_pixels, read_start
 from scd_sf.files import LFS_POINTER
-from scd_sf.types import UserError
+from scd_sf.generation.request import start_pixels
+from scd_sf.types import UserError, VideoShape
 
 SIZE = (32, 48)
 
@@ -199,6 +200,22 @@ def test_pictures_in_memory_and_long_ones(tmp_path: Path) -> None:
     Image.new("RGB", (1, 30000)).save(tmp_path / "strip.png")
     with pytest.raises(UserError, match="a picture of 1x30000 is too long for 480x480"):
         read_start(tmp_path / "strip.png", (480, 480), 4, 8)
+
+
+def test_a_picture_in_a_list_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [save(tmp_path / f"{level}.png", grey(level)) for level in (20, 90)]
+    decoded = []
+
+    def counted(path: Path, where: str) -> torch.Tensor:
+        decoded.append(path)
+        return read_picture(path, where)
+
+    monkeypatch.setattr(start, "read_picture", counted)
+    shape = VideoShape(frames=2, channels=4, height=4, width=6, temporal=4, spatial=8)
+    pixels = start_pixels([*paths, str(paths[0])], 3, shape, "image")
+    assert levels(pixels[:, 0] * 255) == [20, 90, 20] and decoded == paths
 
 
 def test_an_input_videos_frames_are_counted_as_they_are_read(tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ CLEAR = (
     "has transparent parts (alpha), which are not read; flatten it on a background "
     "(ffmpeg's overlay filter), or write it again without them (-pix_fmt yuv420p)"
 )
+PROGRESSIVE = (
+    "is interlaced: the even and odd lines of a frame are of two moments, which would show as combs; "
+    "write it again without (ffmpeg -i OLD -vf bwdif NEW)"
+)
 TIMING = "set fps to the file's own rate, or as_coded to take its frames one by one"
 AS_CODED = 0.0  # as ``fps``: frame after frame, whatever the timestamps say
 # Titles that are not UTF-8 are ignored; av before 19 needs an option for this.
@@ -163,11 +167,18 @@ def frame_count(source: Path, where: str, remedy: str = "copy it again") -> int:
         return max(1, stream.frames)
 
 
-def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") -> Iterator[Picture]:
+def pictures(
+    source: Path | bytes,
+    where: str,
+    remedy: str = "copy it again",
+    *,
+    interlaced: bool = False,
+) -> Iterator[Picture]:
     """The frames as they are coded, upright, with square pixels, in the colours of an ordinary
     screen (BT.709).
 
-    UserError as :func:`read_frames`, and for transparent parts of a frame that is looked at.
+    ``interlaced``: frames whose lines are of two moments are taken, too. UserError as
+    :func:`read_frames`, and for transparent parts of a frame that is looked at.
     """
     with _open(source, where, remedy) as container:
         stream = _stream_of(container)
@@ -175,7 +186,7 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
         num_frames, aspect = int(stream.frames), stream.sample_aspect_ratio
         reformatter = VideoReformatter()
         count, size, matrix, angle = 0, (0, 0), (1, 0, 0, 1), 0
-        for frame in _decoded(container, stream, where):
+        for frame in _decoded(container, stream, where, interlaced):
             # only once: a frame asked for its matrix stays in memory until garbage collection
             if not count:
                 size, matrix, angle = (frame.width, frame.height), _matrix(frame), frame.rotation
@@ -206,15 +217,21 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
 
 
 def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, where: str
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    where: str,
+    interlaced: bool,
 ) -> Iterator[av.VideoFrame]:
     """All frames. UserError for a webm's alpha, which lies beside the frames, where ffmpeg's decoders
-    do not look."""
+    do not look, and for interlaced frames unless they are wanted."""
     says_alpha = stream.metadata.get("alpha_mode") == "1"  # browsers write it without any, too
     for packet in container.demux(stream):
         if says_alpha and packet.has_sidedata("matroska_block_additional"):
             raise UserError(f"{where}: {CLEAR}")
-        yield from packet.decode()
+        for frame in packet.decode():
+            if frame.interlaced_frame and not interlaced:
+                raise UserError(f"{where}: {PROGRESSIVE}")
+            yield frame
 
 
 def _promised_seconds(stream: av.VideoStream) -> Fraction:
@@ -431,7 +448,7 @@ def frames_of(
     remedy: str = "copy it again",
 ) -> Iterator[np.ndarray]:
     """uint8 (H, W, 3), one after another; see :func:`read_frames`."""
-    coded_pictures = pictures(source, where, remedy)
+    coded_pictures = pictures(source, where, remedy, interlaced=exact or fps == AS_CODED)
     if fps == AS_CODED:
         with foreign(where, remedy):
             yield from (picture.pixels for picture in coded_pictures)
@@ -453,8 +470,8 @@ def read_frames(
     :data:`LARGEST_VIDEO` bytes.
 
     ``fps``: resampled by timestamps to so many frames per second, as :func:`resampled` says
-    (``exact``: a file of another rate is refused); :data:`AS_CODED`: frame after frame. ``size``:
-    each is resized and cropped to a square of so many pixels; 0: as it is. ``where`` names the
+    (``exact``: a file of another rate is refused), interlaced ones refused; :data:`AS_CODED`: frame
+    after frame. ``size``: each is resized and cropped to a square of so many pixels; 0: as it is. ``where`` names the
     source in errors. Raises UserError (with ``remedy``) when it is missing, cut, damaged, empty or
     too large, or its frames change their size.
     """

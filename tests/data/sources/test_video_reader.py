@@ -15,7 +15,7 @@ from raw_videos import CORNERS, HEIGHT, WIDTH, corners, grey, levels, write
 from torch import Tensor
 
 from scd_sf.data.sources import video_reader
-from scd_sf.data.sources.video_reader import frame_count, frames_of, read_frames
+from scd_sf.data.sources.video_reader import frame_count, frames_of, read_frames, video_info
 from scd_sf.types import UserError
 
 
@@ -205,6 +205,17 @@ def test_transparent_parts_are_refused(tmp_path: Path, name: str, codec: str, pi
     else:
         webm = write(tmp_path / name, [corners()] * 2, codec=codec, pixels="yuv420p")
         assert len(read(webm)) == 2
+
+
+def test_interlaced_videos_are_refused(tmp_path: Path) -> None:
+    """Where frames are taken one by one, as papers do, they are what they are."""
+    path = write(tmp_path / "a.mp4", [corners()] * 4, pixels="yuv420p", interlaced=True)
+    for fps in (16, 8):
+        with pytest.raises(UserError, match=r"a\.mp4: is interlaced: .*-vf bwdif"):
+            read(path, fps=fps)
+    with pytest.raises(UserError, match="still: is interlaced"):
+        video_info(path, "still")
+    assert len(read(path)) == len(read(path, fps=16, exact=True)) == 4
 
 
 def test_frames_that_change_their_size_are_refused(tmp_path: Path) -> None:
