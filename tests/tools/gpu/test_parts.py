@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from scd_sf.tools.gpu.parts import (
     GpuRow,
     Part,
     measure_rows,
+    run_child,
     run_part,
     spoils_the_process,
 )
@@ -135,6 +138,27 @@ def test_a_part_that_cannot_begin_says_so(tmp_path: Path) -> None:
         "1 FAILED"
     )
     assert failures(document(record)) == 1
+
+
+def test_a_process_that_ends_in_its_last_second_was_not_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The time is over between its end and the end of the timer."""
+
+    class Late:
+        def __init__(self, limit: float, stop: Callable[[], None]) -> None:
+            self.stop = stop
+
+        def start(self) -> None: ...
+
+        def cancel(self) -> None:
+            self.stop()
+
+        def join(self) -> None: ...
+
+    monkeypatch.setattr(threading, "Timer", Late)
+    code, figures = run_child([sys.executable, "-c", ""], 9.0)
+    assert code == 0 and figures["error"] == "its process ended: exit code 0"
 
 
 def test_a_part_ends_with_its_caller(tmp_path: Path) -> None:
