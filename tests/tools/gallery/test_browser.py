@@ -59,6 +59,7 @@ class Visit:
     def __init__(self, browser: Browser, path: Path, **options: Any) -> None:
         self.context = browser.new_context(viewport={"width": 1200, "height": 900}, **options)
         self.page: Page = self.context.new_page()
+        self.page.set_default_timeout(120_000)  # milliseconds
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.complaints.append(message.text))

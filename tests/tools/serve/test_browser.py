@@ -112,6 +112,7 @@ class Visit:
             viewport={"width": width, "height": height}, permissions=["camera"] if camera else []
         )
         self.page: Page = self.context.new_page()
+        self.page.set_default_timeout(120_000)  # milliseconds
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.add_init_script(WATCH + script)
