@@ -173,8 +173,7 @@ def _srgb(image: Image.Image, where: str) -> Image.Image:
             raise UserError(
                 f"{where}: is made for print (CMYK), without a colour profile; {TO_SRGB}"
             )
-        interop = image.getexif().get_ifd(ExifTags.IFD.Interop)
-        if interop.get(ExifTags.Interop.InteropIndex) == "R03":
+        if _is_adobe_by_exif(image):
             raise UserError(
                 f"{where}: is Adobe RGB by its EXIF, without a colour profile; {TO_SRGB}"
             )
@@ -198,6 +197,15 @@ def _srgb(image: Image.Image, where: str) -> Image.Image:
         )
     assert picture is not None  # not in place
     return picture
+
+
+def _is_adobe_by_exif(image: Image.Image) -> bool:
+    """Whether a camera says so (DCF 2.0), which leaves the profile out."""
+    try:
+        interop = image.getexif().get_ifd(ExifTags.IFD.Interop)
+    except KeyError:  # of Pillow before 11 where there is none
+        return False
+    return interop.get(ExifTags.Interop.InteropIndex) == "R03"
 
 
 def _deep(image: Image.Image, where: str) -> np.ndarray:

@@ -157,8 +157,9 @@ def test_profiles_that_cannot_be_used(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jpg", Image.fromarray(colours), large)
     with pytest.raises(UserError, match=r"it has 8,38.*bytes, 8,388,608 are read at most"):
         read_picture(path, "still")
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    folders = [(0x8769, 4, 1, 26), (0xA005, 4, 1, 44), (1, 2, 4, int.from_bytes(b"R03\0"))]
+    parts = [struct.pack(">HHHIII", 1, *entry, 0) for entry in folders]
+    exif = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + b"".join(parts)
     Image.fromarray(colours).save(tmp_path / "a.jpg", exif=exif)
     with pytest.raises(UserError, match="is Adobe RGB by its EXIF"):
         read_picture(tmp_path / "a.jpg", "still")
