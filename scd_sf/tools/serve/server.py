@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
@@ -226,7 +227,7 @@ class Outbox:
     def put(self, reply: Reply, binary: Sequence[bytes] = ()) -> None:
         """``binary`` is sent right after ``reply``. Where a clip begins, what was not sent yet of the
         one before is dropped."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(self._put, reply, binary)
 
     def _put(self, reply: Reply, binary: Sequence[bytes]) -> None:

@@ -140,6 +140,21 @@ def test_a_port_that_browsers_leave_out() -> None:
     assert not Names("127.0.0.1", 8000).has("127.0.0.1")
 
 
+def test_what_is_said_while_the_server_ends_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is closed between a look at it and the word; the generator's thread says it."""
+
+    async def begin() -> Outbox:
+        return Outbox()
+
+    loop = asyncio.new_event_loop()
+    outbox = loop.run_until_complete(begin())
+    loop.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "is_closed", lambda: False)
+        outbox.put(Started(0, ""))
+    assert not outbox._waiting
+
+
 def test_what_waits_is_bounded() -> None:
     """Also for a page that asks for more while nothing can be sent; of clips that were begun one
     after the other only the last is left."""
