@@ -107,12 +107,17 @@ class Talk:
         assert isinstance(message, dict) and message["type"] == kind, message
         return message
 
+    def data(self) -> bytes:
+        """The next message, which must be bytes."""
+        message = self.hear()
+        assert isinstance(message, bytes), message
+        return message
+
     def chunk(self) -> tuple[dict[str, Any], list[tuple[tuple[int, ...], bytes]]]:
         """The next chunk: its message, and (header, JPEG) of its frames."""
         head = self.expect("chunk")
-        frames = [self.hear() for _ in range(head["frames"])]
-        assert all(isinstance(frame, bytes) for frame in frames)
-        return head, [(HEADER.unpack(frame[:16]), frame[16:]) for frame in frames]  # type: ignore[arg-type]
+        frames = [self.data() for _ in range(head["frames"])]
+        return head, [(HEADER.unpack(frame[:16]), frame[16:]) for frame in frames]
 
 
 def until(is_true: Callable[[], bool], seconds: float = 60) -> None:

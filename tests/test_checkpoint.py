@@ -267,9 +267,12 @@ def test_a_file_is_hashed_once_and_only_where_it_is_read(
     """Reading weights verifies configuration, provenance and these weights; the optimizer's state
     is left alone."""
     hashed: list[str] = []
-    monkeypatch.setattr(
-        checkpoint, "sha256_file", lambda file: [hashed.append(file.name), sha256_file(file)][1]
-    )
+
+    def noted(file: Path) -> str:
+        hashed.append(file.name)
+        return sha256_file(file)
+
+    monkeypatch.setattr(checkpoint, "sha256_file", noted)
     path = save(Checkpoints(tmp_path), 1)
     hashed.clear()
     assert find(tmp_path, "ema") == find(path, "ema") == path

@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def test_what_another_rank_is_still_writing_does_not_fail_a_flush(
     unfinished = part_of(tmp_path / "x")
     unfinished.mkdir()
     (unfinished / "tensors").write_text("t")
-    flushed = []
+    flushed: list[str] = []
 
     def fsync(path: Path) -> None:
         if not flushed:  # the folder has been listed: the other file goes
@@ -130,7 +131,7 @@ def test_a_lock_is_taken_over_from_nobody(tmp_path: Path, kind: str) -> None:
     other, lock = tmp_path / "other", tmp_path / "in" / ".lock"
     other.write_text("other")
     lock.parent.mkdir()
-    make = {
+    make: dict[str, Callable[[], object]] = {
         "link": lambda: lock.symlink_to(other),
         "text": lambda: lock.write_text("mine"),
         "folder": lock.mkdir,
@@ -191,16 +192,18 @@ def test_a_lock_that_its_owner_removed_holds_nothing(
 ) -> None:
     """Opened before, taken after a refused job removed it: the one of that name is taken
     instead."""
-    flock, removed = fcntl.flock, []
+    flock, lock = fcntl.flock, tmp_path / ".lock"
+    removed: list[Path] = []
 
     def late(file: object, how: int) -> None:
         if not removed:
-            removed.append((tmp_path / ".lock").unlink())
+            lock.unlink()
+            removed.append(lock)
         flock(file, how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fcntl, "flock", late)
     with locked(tmp_path, "samples"):
-        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()}")
+        assert lock.read_text().startswith(f"process {os.getpid()}")
         with pytest.raises(UserError, match="at work in it"), locked(tmp_path, "samples"):
             pass
 

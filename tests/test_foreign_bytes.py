@@ -526,7 +526,7 @@ def _write_sets(root: Path) -> None:
         torch.randn(2, 6),
         About("a" * 32, "a cat", tags={"a": "b"}),
     )
-    job = {
+    job: dict[str, object] = {
         "shape": {"frames": 3, "channels": 4, "height": 4, "width": 4, "temporal": 4, "spatial": 8},
         "dtype": "float32",
     }

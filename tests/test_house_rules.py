@@ -264,10 +264,9 @@ def one_place_for_a_name(sources: list[Source]) -> Iterator[str]:
     places: dict[str, str] = {}
     for source in sources:
         for node in source.tree.body if source.top == "scd_sf" else ():
-            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith(
-                "_"
-            )
-            if public and node.name != "main":
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if node.name == "main":
+                    continue
                 if node.name in places:
                     yield source.at(
                         node,

@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from scd_sf.models import build
 from scd_sf.models.blocks import BlocksConfig, SkipConfig, set_blocks
 from scd_sf.models.build import Student, build_scd
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.interface import Corruption, Query
+from scd_sf.models.interface import Corruption, FrameStreamer, Query, Stream
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.trunk import Trunk
 from scd_sf.models.wan.transformer import Wan, WanConfig
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning
 
 torch.set_num_threads(1)
@@ -183,9 +186,8 @@ def student(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float64)
 
 def set_checkpointing(model: Student | Wan, on: bool, recompute_attention: bool = True) -> None:
     """Activation checkpointing of every trunk."""
-    for module in model.modules():
-        if hasattr(module, "checkpointing"):
-            module.checkpointing, module.recompute_attention = on, recompute_attention
+    trunks = [module for module in model.modules() if isinstance(module, Trunk)]
+    build.set_checkpointing(trunks, on, recompute_attention)
 
 
 def prompts(
@@ -242,6 +244,17 @@ def clip(
     return Clip(
         x.to(dtype), prompts(batch, seed, dtype), eps.to(dtype), t.to(dtype), x_t.to(dtype), query
     )
+
+
+def stream(
+    model: FrameStreamer,
+    cond: Conditioning,
+    x: Tensor | None = None,
+    cache: CacheConfig | None = None,
+) -> Stream:
+    """A new stream; with ``x`` (B, chunk, C, H, W) at its first chunk."""
+    begun = model.start(cond, (HEIGHT, WIDTH), cache)
+    return begun if x is None else model.advance(begun, None, x)
 
 
 def teacher_forced(model: Student, data: Clip, targets: list[int] | None = None) -> Tensor:

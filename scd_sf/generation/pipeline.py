@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -439,7 +439,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         guidance: SampleGuidance | None = None,
         sampler: SamplerConfig | None = None,
         force: bool = False,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Frames of B videos, n at a time, as they are generated and decoded: first one, then four
         each. B = P times ``num_videos_per_prompt``, the videos of a prompt side by side.
 
@@ -561,7 +561,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
                 return
 
     @torch.no_grad()
-    def _placed(self, parts: Iterable[Any]) -> Iterator[Any]:
+    def _placed(self, parts: Iterable[Any]) -> Generator[Any, None, None]:
         """``parts`` with student and VAE on the device that computes; offloaded at the end."""
         try:
             _onto_device(self.transformer)
@@ -603,10 +603,10 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         guidance: SampleGuidance | None = None,
         sampler: SamplerConfig | None = None,
         force: bool = False,
-    ) -> WanPipelineOutput | tuple[Any]:
-        """Whole clips: ``.frames`` is "np" (B, F, H, W, 3) or "pt" (B, F, 3, H, W) in [0, 1], "pil"
-        B lists of F images, or "latent" (B, C, F, H, W); with ``return_dict=False`` a tuple of it.
-        All else as for :meth:`stream`."""
+    ) -> Any:
+        """Whole clips, a WanPipelineOutput: its ``frames`` is "np" (B, F, H, W, 3) or "pt" (B, F, 3,
+        H, W) in [0, 1], "pil" B lists of F images, or "latent" (B, C, F, H, W); with
+        ``return_dict=False`` a tuple of it. All else as for :meth:`stream`."""
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is '{output_type}'; use {', '.join(OUTPUT_TYPES)}")
         parts = self.stream(

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recipe_runner
@@ -131,7 +132,7 @@ def test_a_pipeline_directory_is_read(before: Path) -> None:
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     pipe = SCDWanPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
-    size = {"frames": 5, "height": 32, "width": 32}
+    size: dict[str, Any] = {"frames": 5, "height": 32, "width": 32}
     clip = pipe("left in meadow", seed=[3], output_type="pt", **size).frames
     parts = list(pipe.stream("left in meadow", seed=3, **size))
     assert clip.shape == (1, 5, 3, 32, 32) and torch.equal(torch.cat(parts, 1), clip)

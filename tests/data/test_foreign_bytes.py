@@ -30,7 +30,7 @@ from scd_sf.data.sources.teco import Teco
 from scd_sf.types import UserError, VideoShape, printable
 
 SHAPE = VideoShape(2, 4, 4, 4)
-ODD = (
+ODD: tuple[object, ...] = (
     None,
     True,
     -1,

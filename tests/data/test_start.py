@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def shown(path: Path) -> torch.Tensor:
     return read_start(path, SIZE, 4, 16)
 
 
-def save(path: Path, values: np.ndarray, **options: object) -> Path:
+def save(path: Path, values: np.ndarray, **options: Any) -> Path:
     Image.fromarray(values).save(path, **options)
     return path
 

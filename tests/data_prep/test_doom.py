@@ -167,7 +167,7 @@ def test_turns_move_the_picture_the_right_way(small: Path) -> None:
                 .item()
                 for shift in range(-6, 7)
             }
-            shifts[clip.motion].append(min(errors, key=lambda shift, errors=errors: errors[shift]))
+            shifts[clip.motion].append(min(errors, key=errors.__getitem__))
     assert sum(shift > 0 for shift in shifts["turn_left"]) >= 5
     assert sum(shift < 0 for shift in shifts["turn_right"]) >= 5
 

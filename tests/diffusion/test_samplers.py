@@ -233,19 +233,17 @@ def test_a_later_beginning_is_the_rest_of_the_steps(sampler: Sampler) -> None:
         asked.append((t, x))
         return gaussian(x, t)
 
+    def note(step: int, _: float, x: Tensor) -> Tensor:
+        seen.append(step)
+        return x
+
     seen: list[int] = []
     whole = sampler(velocity, x_T, zeros)
     states = list(asked)
     for begin in (0, 1, sampler.steps - 1):
         asked.clear()
         seen.clear()
-        rest = sampler(
-            velocity,
-            states[begin][1],
-            zeros,
-            on_step=lambda step, t, x: [seen.append(step), x][1],
-            begin=begin,
-        )
+        rest = sampler(velocity, states[begin][1], zeros, on_step=note, begin=begin)
         assert [t for t, _ in asked] == list(sampler.times[begin:])
         assert seen == list(range(begin, sampler.steps))
         if begin == 0 or not isinstance(sampler, UniPC):

@@ -79,7 +79,7 @@ def test_as_uint8_rounds_and_clips() -> None:
 
 def test_spread_is_the_textbook_one() -> None:
     result = spread([1.0, 2.0, 4.0])
-    assert (result.mean, result.count) == (pytest.approx(7 / 3), 3)
+    assert result.mean == pytest.approx(7 / 3) and result.count == 3
     assert result.std == pytest.approx(1.5275252)
     assert spread([5.0]).std == 0.0
     with pytest.raises(UserError, match="no values"):

@@ -109,7 +109,7 @@ def test_the_named_protocols_are_the_published_ones() -> None:
         ({"ssim": "same"}, "use one of valid, padded"),
     ):
         with pytest.raises(UserError, match=message):
-            replace(small(), **wrong)  # type: ignore[arg-type]
+            replace(small(), **wrong)
 
 
 def test_best_takes_the_best_of_each_figure_and_never_the_worst() -> None:
@@ -120,15 +120,15 @@ def test_best_takes_the_best_of_each_figure_and_never_the_worst() -> None:
     best, mean = small(clips=2), small(clips=2, reduce="mean")
     for name in ("mse", "lpips"):
         figure, curve = frame_figure(best, name, values)
-        assert (figure.value, curve) == (pytest.approx((1.1 + 1.0) / 2), pytest.approx((0.5, 1.6)))
+        assert (figure.value, *curve) == pytest.approx(((1.1 + 1.0) / 2, 0.5, 1.6))
     for name in ("psnr", "ssim"):
         figure, curve = frame_figure(best, name, values)
-        assert (figure.value, curve) == (pytest.approx((9 + 7) / 2), pytest.approx((7.5, 8.5)))
+        assert (figure.value, *curve) == pytest.approx(((9 + 7) / 2, 7.5, 8.5))
     assert figure.spread_over == "20 resamples of 2 clips"
     figure, curve = frame_figure(mean, "mse", values)
     assert figure.value == pytest.approx(float(values.mean())) == pytest.approx(sum(curve) / 2)
     per_seed = values.mean(dim=(0, 2))
-    assert (figure.std, figure.spread_over) == (pytest.approx(float(per_seed.std())), "3 seeds")
+    assert figure.std == pytest.approx(float(per_seed.std())) and figure.spread_over == "3 seeds"
 
 
 def test_fvd_is_taken_per_trajectory_then_averaged() -> None:

@@ -22,6 +22,7 @@ from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
+from scd_sf.models.interface import Stream
 from scd_sf.models.replay import Replayed
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
@@ -56,7 +57,7 @@ class Calls(TorchDispatchMode):
     """Counts aten calls that do work (views launch nothing)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,9 +184,7 @@ def test_a_frames_calls_and_blocks_do_not_grow(
     student = tiny.student(BY_NAME[name], dtype=torch.float32)
     x, t = tiny.latents(1, 1, dtype=torch.float32), torch.ones(1)
     with torch.no_grad():
-        stream = student.advance(
-            student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x
-        )
+        stream: Stream = tiny.stream(student, tiny.prompts(1, dtype=torch.float32), x, WINDOW)
         counted = []
         for _ in range(9):
             with Calls() as once, BlockPassCounter(student, WanBlock) as encoder:
@@ -215,9 +214,7 @@ def test_what_is_left_to_launch_beside_recordings(name: str, encode: int, decode
     student.replay = Replayed(lambda step: (lambda: None, step()))
     x, t = tiny.latents(1, 1, dtype=torch.float32), torch.ones(1)
     with torch.no_grad():
-        stream = student.advance(
-            student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x
-        )
+        stream: Stream = tiny.stream(student, tiny.prompts(1, dtype=torch.float32), x, WINDOW)
         for _ in range(9):
             with Calls() as once:
                 stream = student.advance(stream, x, x)
@@ -230,9 +227,7 @@ def test_the_history_is_allocated_once() -> None:
     student = tiny.student(BY_NAME["scd-chunk1-delta"], dtype=torch.float32)
     x = tiny.latents(1, 1, dtype=torch.float32)
     with torch.no_grad():
-        stream = student.advance(
-            student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x
-        )
+        stream: Stream = tiny.stream(student, tiny.prompts(1, dtype=torch.float32), x, WINDOW)
         places = set()
         for _ in range(9):
             stream = student.advance(stream, x, x)

@@ -228,13 +228,8 @@ CONVENTIONS = [
             batch(pipe, guidance_scale=4.0, negative_prompt=OTHER),
             pipe(
                 guidance_scale=4.0,
-                **dict(
-                    zip(
-                        ("prompt_embeds", "negative_prompt_embeds"),
-                        pipe.encode_prompt(PROMPT, OTHER),
-                        strict=True,
-                    )
-                ),
+                prompt_embeds=(states := pipe.encode_prompt(PROMPT, OTHER))[0],
+                negative_prompt_embeds=states[1],
             ).frames,
         ),
     ),

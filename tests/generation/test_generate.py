@@ -34,7 +34,8 @@ from scd_sf.types import Conditioning, UserError
 
 SHAPE = (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
 families = pytest.mark.parametrize("variant", tiny.FEW, ids=str)
-CLOSE = {"rtol": 0, "atol": 2e-5}  # sums of another batch are taken in another order
+# sums of another batch are taken in another order
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 2e-5}
 
 
 def made(
@@ -43,13 +44,13 @@ def made(
     seeds: list[int],
     chunks: int = 3,
     sampler: Sampler | None = None,
-    **more: object,
+    **more: Any,
 ) -> Tensor:
     model = tiny.student(variant, dtype=torch.float32)
     shape = (chunks * variant.chunk, *SHAPE)
     return clips_of(
         generate_latents(model, cond, seeds, shape, sampler or FewStepSampler(), **more)
-    )  # type: ignore[arg-type]
+    )
 
 
 @families
@@ -264,7 +265,7 @@ def test_a_clip_from_a_video(variant: tiny.Variant) -> None:
     parts = video.split(n, dim=1)
     plain = made(variant, cond, [3, 4])
 
-    def anew(strengths: list[float], sampler: Sampler | None = None, **more: object) -> Tensor:
+    def anew(strengths: list[float], sampler: Sampler | None = None, **more: Any) -> Tensor:
         inputs = [ChunkInput(part, s) for part, s in zip(parts, strengths, strict=False)]
         return made(variant, cond, [3, 4], sampler=sampler, inputs=inputs, **more)
 
@@ -279,7 +280,7 @@ def test_a_clip_from_a_video(variant: tiny.Variant) -> None:
         made(variant, cond, [3, 4], inputs=one), made(variant, cond, [3, 4], inputs=both)
     )
     guidance, null = SampleGuidance(GuidanceConfig(3.0)), tiny.prompts(1, 9, dtype=torch.float32)
-    more = {"window": 2 * n, "sink": n, "guidance": guidance, "null": null}
+    more: dict[str, Any] = {"window": 2 * n, "sink": n, "guidance": guidance, "null": null}
     assert torch.equal(anew([1.0] * 3, **more), made(variant, cond, [3, 4], **more))
 
     sampler = Recorded(Euler(4, 1.0))

@@ -14,9 +14,9 @@ from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Scd
-from scd_sf.models.interface import FrameStreamer
+from scd_sf.models.interface import FrameStreamer, SeparableStreamer, Stream
 from scd_sf.nn.layers import DitBlock, WanBlock
-from scd_sf.types import UserError
+from scd_sf.types import Conditioning, UserError
 
 families = pytest.mark.parametrize("variant", tiny.FEW, ids=str)
 scd_only = pytest.mark.parametrize("variant", [v for v in tiny.SOME if v.family == "scd"], ids=str)
@@ -33,13 +33,18 @@ def ones(x: Tensor) -> Tensor:
     return torch.ones_like(x)
 
 
-def second_chunk(model: object, cond: object, n: int) -> Tensor:
+def second_chunk(model: FrameStreamer, cond: Conditioning, n: int) -> Tensor:
     """The velocity of a stream's second chunk: history, query and x_t are fixed."""
-    generator: FrameStreamer = model  # type: ignore[assignment]
     known, query, x_t = tiny.latents(2, n, 1), tiny.latents(2, n, 2), tiny.latents(2, n, 3)
-    stream = generator.advance(generator.start(cond, LATENT), None, query)  # type: ignore[arg-type]
-    stream = generator.advance(stream, known, query)
-    return generator.denoise(stream, x_t, torch.full((2,), 0.6))
+    stream: Stream = tiny.stream(model, cond, query)
+    stream = model.advance(stream, known, query)
+    return model.denoise(stream, x_t, torch.full((2,), 0.6))
+
+
+def at_context(model: SeparableStreamer, stream: Stream, c_BLE: Tensor, n: int) -> Tensor:
+    """The velocity of :func:`second_chunk` given a context."""
+    stream = model.with_context(stream, c_BLE, tiny.latents(2, n, 2))
+    return model.denoise(stream, tiny.latents(2, n, 3), torch.full((2,), 0.6))
 
 
 @families
@@ -66,12 +71,11 @@ def test_guidance_of_the_decoder_alone(variant: tiny.Variant) -> None:
     with BlockPassCounter(model.encoder, (WanBlock, DitBlock)) as counter:
         got = second_chunk(guided, cond, n)
     assert counter.samples == 2 * 2 * len(tiny.ENCODER)
-    query, x_t, t = tiny.latents(2, n, 2), tiny.latents(2, n, 3), torch.full((2,), 0.6)
-    stream = model.advance(model.start(cond, LATENT), None, query)
+    query = tiny.latents(2, n, 2)
+    stream: Stream = tiny.stream(model, cond, query)
     stream, c = model.encode_next(stream, tiny.latents(2, n, 1), query)
-    plain = model.denoise(model.with_context(stream, c, query), x_t, t)
-    stream = model.with_context(model.switch(stream, NULL.expand(2)), c, query)
-    null = model.denoise(stream, x_t, t)
+    plain = at_context(model, stream, c, n)
+    null = at_context(model, model.switch(stream, NULL.expand(2)), c, n)
     assert torch.allclose(got, null + 3.0 * (plain - null), rtol=0, atol=1e-11)
 
 
@@ -86,12 +90,12 @@ def test_guidance_by_corruption(variant: tiny.Variant) -> None:
         cond,
         n,
     )
-    query, x_t, t = tiny.latents(2, n, 2), tiny.latents(2, n, 3), torch.full((2,), 0.6)
-    stream = model.advance(model.start(cond, LATENT), None, query)
+    query = tiny.latents(2, n, 2)
+    stream: Stream = tiny.stream(model, cond, query)
     stream, c = model.encode_next(stream, tiny.latents(2, n, 1), query)
-    plain = model.denoise(model.with_context(stream, c, query), x_t, t)
+    plain = at_context(model, stream, c, n)
     dirty = c + 0.1 * c.pow(2).mean(-1, keepdim=True).sqrt()
-    corrupted = model.denoise(model.with_context(stream, dirty, query), x_t, t)
+    corrupted = at_context(model, stream, dirty, n)
     assert torch.allclose(got, corrupted + 1.5 * (plain - corrupted), rtol=0, atol=1e-11)
     silent = second_chunk(
         under_guidance(model, SampleGuidance(corruption=1.5), NULL, zeros), cond, n
@@ -122,4 +126,4 @@ def test_what_is_refused() -> None:
         ({"context_noise": 0.0}, "guidance.context_noise is 0.0"),
     ):
         with pytest.raises(UserError, match=words):
-            SampleGuidance(**arguments)  # type: ignore[arg-type]
+            SampleGuidance(**arguments)

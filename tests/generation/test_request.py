@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -39,11 +41,13 @@ def test_what_a_student_was_not_trained_for() -> None:
 
 
 def test_numbers_that_are_a_strength() -> None:
-    for strength in (0.5, 1, np.float32(0.5), torch.tensor(0.5)):
-        check_strength(strength, True)  # type: ignore[arg-type]
-    for strength in ("0.5", True, [0.5], torch.ones(2)):
+    good: tuple[Any, ...] = (0.5, 1, np.float32(0.5), torch.tensor(0.5))
+    bad: tuple[Any, ...] = ("0.5", True, [0.5], torch.ones(2))
+    for strength in good:
+        check_strength(strength, True)
+    for strength in bad:
         with pytest.raises(UserError, match="give a number above 0"):
-            check_strength(strength, True)  # type: ignore[arg-type]
+            check_strength(strength, True)
 
 
 def test_the_package_has_the_pipeline() -> None:

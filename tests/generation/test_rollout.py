@@ -18,7 +18,7 @@ from scd_sf.diffusion.samplers import Euler, FewStepSampler, Sampler
 from scd_sf.generation.rollout import rollout, stream_rollout
 from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.interface import Corruption, Query
+from scd_sf.models.interface import Corruption, Query, Stream
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
@@ -60,17 +60,20 @@ class Spy:
         )
 
     def start(
-        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
-    ) -> Any:
+        self, cond: Conditioning, latent_size: tuple[int, int], cache: CacheConfig | None = None
+    ) -> Stream:
         self.calls.append(("start", 0.0, torch.is_grad_enabled()))
-        return self.model.start(cond, latent, cache)
+        return self.model.start(cond, latent_size, cache)
 
-    def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
+    def switch(self, stream: Stream, cond: Conditioning) -> Stream:
+        raise AssertionError("no prompt changes")
+
+    def advance(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> Stream:
         self.calls.append(("advance", 0.0, torch.is_grad_enabled()))
         self.history.append(x_0)
         return self.model.advance(stream, x_0, query_noise)
 
-    def denoise(self, stream: Any, x_t: Tensor, t: Tensor) -> Tensor:
+    def denoise(self, stream: Stream, x_t: Tensor, t: Tensor) -> Tensor:
         self.calls.append(("denoise", float(t[0]), torch.is_grad_enabled()))
         return self.model.denoise(stream, x_t, t)
 
@@ -268,7 +271,7 @@ def test_no_gradient_leaks_between_chunks(variant: tiny.Variant) -> None:
 
     last = chunks[2].pow(2).mean()
     together = torch.autograd.grad(last, list(model.parameters()), allow_unused=True)
-    stream, previous = model.start(tiny.prompts(2), (tiny.HEIGHT, tiny.WIDTH)), None
+    stream, previous = tiny.stream(model, tiny.prompts(2)), None
     drawn = cpu_noise(tiny.generator(3))
     for j, x_T in enumerate(noise.detach().split(variant.chunk, 1)):
         with torch.set_grad_enabled(j == 2):

@@ -11,6 +11,7 @@ from torch import Tensor
 from scd_sf.diffusion.samplers import Euler
 from scd_sf.generation.prompt_change import PromptChange
 from scd_sf.generation.rollout import rollout, stream_rollout
+from scd_sf.models.interface import Stream
 from scd_sf.nn.kv_cache import CacheConfig
 
 families = pytest.mark.parametrize("variant", tiny.SOME, ids=str)
@@ -41,17 +42,11 @@ def test_another_prompt_from_a_chunk_on(variant: tiny.Variant) -> None:
     model, n = tiny.student(variant), variant.chunk
     first, second, noise = tiny.prompts(2, 0), tiny.prompts(2, 1), tiny.latents(2, 4 * n, 5)
 
-    def roll(prompts: dict[int, object] | None) -> Tensor:
-        return torch.cat(
-            list(
-                stream_rollout(
-                    model, noise, first, Euler(2), zeros, prompts=prompts and prompts.get
-                )
-            ),
-            1,
-        )  # type: ignore[arg-type]
+    def roll(prompts: dict[int, PromptChange]) -> Tensor:
+        parts = stream_rollout(model, noise, first, Euler(2), zeros, prompts=prompts.get)
+        return torch.cat(list(parts), 1)
 
-    plain, switched = roll(None), roll({2: PromptChange(second)})
+    plain, switched = rollout(model, noise, first, Euler(2), zeros), roll({2: PromptChange(second)})
     assert torch.equal(switched[:, : 2 * n], plain[:, : 2 * n])
     assert float((switched[:, 2 * n :] - plain[:, 2 * n :]).abs().max()) > 1e-5
     assert torch.equal(roll({1: PromptChange(first)}), plain)
@@ -66,16 +61,13 @@ def test_memory_of_a_long_video_is_constant() -> None:
     stay finite."""
     model = tiny.student(tiny.FEW[1], dtype=torch.float32)
     n, shape = model.chunk, (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
-    stream = model.start(
-        tiny.prompts(1, dtype=torch.float32),
-        shape[1:],
-        CacheConfig(window=3 * n, sink=n, preallocate=1),
-    )
+    window = CacheConfig(window=3 * n, sink=n, preallocate=1)
+    stream: Stream = tiny.stream(model, tiny.prompts(1, dtype=torch.float32), cache=window)
     x, sizes = torch.randn(1, n, *shape, generator=tiny.generator(0)), set()
     previous: Tensor | None = None
     for frame in range(300):
-        stream = model.advance(stream, previous, x)  # type: ignore[arg-type]
-        previous = model.denoise(stream, x, torch.ones(1)).clamp(-2, 2)  # type: ignore[arg-type]
+        stream = model.advance(stream, previous, x)
+        previous = model.denoise(stream, x, torch.ones(1)).clamp(-2, 2)
         if frame >= 5:
-            sizes.add(sum(k.untyped_storage().nbytes() for k, _ in stream.cache._buffers.values()))  # type: ignore[union-attr]
+            sizes.add(sum(k.untyped_storage().nbytes() for k, _ in stream.cache._buffers.values()))
     assert len(sizes) == 1 and previous is not None and previous.isfinite().all()

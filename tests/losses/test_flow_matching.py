@@ -24,7 +24,7 @@ from scd_sf.losses.flow_matching import (
 )
 from scd_sf.models.interface import Corruption, Query, pick_chunks
 from scd_sf.nn.kv_cache import CacheConfig
-from scd_sf.nn.masks import teacher_forcing_mask
+from scd_sf.nn.masks import Layout, teacher_forcing_mask
 from scd_sf.types import Conditioning, Logs, UserError
 
 PLAIN = FlowMatchingConfig(context_noise=0.0, text_dropout=0.0)
@@ -65,8 +65,11 @@ class Recorder:
         )
 
     def start(
-        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+        self, cond: Conditioning, latent_size: tuple[int, int], cache: CacheConfig | None = None
     ) -> Any:
+        raise AssertionError("stage 2 does not stream")
+
+    def switch(self, stream: Any, cond: Conditioning) -> Any:
         raise AssertionError("stage 2 does not stream")
 
     def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
@@ -182,14 +185,13 @@ def test_validation_takes_as_many_targets_at_a_time_as_training(
     model, x_0 = tiny.student(variant), tiny.latents(1, 3 * variant.chunk)
     cond, null = tiny.prompts(1), tiny.prompts(1, seed=5)
     lengths: list[int] = []
+
+    def noted(layout: Layout, device: torch.device) -> object:
+        lengths.append(len(layout.kinds))
+        return teacher_forcing_mask(layout, device)
+
     for module in ("scd.wan", "scd.scratch", "causal"):
-        monkeypatch.setattr(
-            f"scd_sf.models.{module}.teacher_forcing_mask",
-            lambda layout, device: (
-                lengths.append(len(layout.kinds)),
-                teacher_forcing_mask(layout, device),
-            )[1],
-        )
+        monkeypatch.setattr(f"scd_sf.models.{module}.teacher_forcing_mask", noted)
 
     def seen(targets: int | None) -> tuple[float, set[int]]:
         lengths.clear()
@@ -271,6 +273,6 @@ def test_denoiser_flow_loss_is_its_definition() -> None:
         ("context_noise", -3.0),
     ],
 )
-def test_bad_settings_are_named(name: str, value: float) -> None:
+def test_bad_settings_are_named(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"loss\.{name}"):
         replace(FlowMatchingConfig(), **{name: value})

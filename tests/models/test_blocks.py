@@ -17,6 +17,7 @@ from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.models.blocks import BlocksConfig, SkipConfig, blocks_of, set_blocks
 from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model
 from scd_sf.models.causal import Causal
+from scd_sf.models.interface import FrameStreamer, Stream
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.nn.attention import attention
 from scd_sf.nn.layers import WanBlock
@@ -173,13 +174,15 @@ def test_a_frame_diagonal_block_keeps_no_history_and_a_finished_frame_does_not_r
     for diagonal in (2, 6):
         model = tiny.student(tiny.Variant("causal", 1, blocks=BlocksConfig(diagonal)))
         x, cond = tiny.latents(2, 1), tiny.prompts(2)
-        stream = model.advance(model.start(cond, (tiny.HEIGHT, tiny.WIDTH)), None, x)
+        stream: Stream = tiny.stream(model, cond, x)
         with BlockPassCounter(model, WanBlock) as counter:
             stream = model.advance(stream, x, x) if diagonal < 6 else stream
             assert counter.calls == 6 - diagonal
         assert sorted(stream.cache.layers) == list(range(6 - diagonal))
+        student: FrameStreamer = model
         now, other = (
-            model.denoise(model.advance(stream, past, x), x, torch.ones(2)) for past in (x, x + 1)
+            student.denoise(student.advance(stream, past, x), x, torch.ones(2))
+            for past in (x, x + 1)
         )
         assert torch.allclose(now, other, rtol=0, atol=1e-12) == (diagonal == 6), (
             "then no block sees a past"

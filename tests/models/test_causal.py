@@ -10,6 +10,7 @@ import torch
 from scd_sf.models.causal import Causal
 from scd_sf.models.scd.transplant import transplant_causal
 from scd_sf.nn.kv_cache import CacheConfig, KVCache, RingKVCache, Window, new_cache
+from scd_sf.nn.layers import WanBlock
 from scd_sf.types import UserError
 
 
@@ -48,6 +49,7 @@ def test_history_is_written_at_time_zero_and_at_its_own_position() -> None:
     trunk = model.trunk
     x = trunk.embed(data.x[:, :1])
     block, mod = trunk.blocks[0], trunk.times(torch.zeros(2, 1)).mod
+    assert isinstance(block, WanBlock)
     modulation = (block.scale_shift_table + mod).unsqueeze(3)
     h = block.norm1(x) * (1 + modulation[:, 0, 1]) + modulation[:, 0, 0]
     _, v = block.attn1.kv(h)

@@ -9,6 +9,7 @@ Letters: see scd_sf/models/dit.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_the_encoder_never_sees_noise() -> None:
     """B1: the released configuration trains it on noisy frames. Here noise changes no context,
     whatever its level."""
     model, data = tiny.student(SCD), tiny.clip(1)
-    assert isinstance(model, Scd)
+    assert isinstance(model, ScdScratch)
     seen: list[Tensor] = []
     handle = model.encoder.blocks[0].register_forward_pre_hook(
         lambda _, args: seen.append(args[0].detach().clone())
@@ -143,12 +144,12 @@ def test_modulation_is_per_frame() -> None:
     model, data = tiny.student(SCD), tiny.clip(1, chunks=3, samples=2)
     shapes: list[tuple[str, tuple[int, ...]]] = []
 
-    def note(name: str) -> object:
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: shapes.append((name, tuple(args[0].shape)))
 
     for name, module in model.named_modules():
         if (isinstance(module, nn.Linear) and "adaln" in name) or name.endswith("proj_out"):
-            module.register_forward_pre_hook(note(name))  # type: ignore[arg-type]
+            module.register_forward_pre_hook(note(name))
     model.teacher_forced(data.x_t, data.t, data.x, data.cond)
     frames = {"encoder": 3, "decoder": 2}
     for name, shape in shapes:
@@ -164,15 +165,14 @@ def test_corruption_is_new_for_every_noisy_sample_and_leaves_the_history_alone()
     """B5: one draw per encoder pass is not enough. Eq. 7 at unit variance: the norm comes before
     the noise."""
     model, data = tiny.student(SCD), tiny.clip(1, samples=3, batch=1)
+    assert isinstance(model, ScdScratch)
     same = Corruption(0.5, tiny.generator(0))
     x_t, t = data.x_t[:1].expand(3, -1, -1, -1, -1, -1), data.t[:1].expand(3, -1, -1)
     with torch.no_grad():
         plain = model.teacher_forced(x_t, t, data.x, data.cond)
         out = model.teacher_forced(x_t, t, data.x, data.cond, corruption=same)
-        stream = model.advance(
-            model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH)), None, data.x[:, :1]
-        )
-        _, c = model.encode_next(stream, data.x[:, :1], data.x[:, :1])  # type: ignore[operator]
+        stream = tiny.stream(model, data.cond, data.x[:, :1])
+        _, c = model.encode_next(stream, data.x[:, :1], data.x[:, :1])
     assert torch.equal(plain[0], plain[1]) and len({float(o.sum()) for o in out}) == 3
     assert torch.allclose(c.mean(-1), torch.zeros(()).double(), atol=1e-6)
     assert torch.allclose(c.pow(2).mean(-1), torch.ones(()).double(), atol=1e-3)

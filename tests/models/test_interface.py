@@ -4,6 +4,7 @@ rules")."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from scd_sf.evaluation.roofline import HeavyCalls
 from scd_sf.models.build import Student
-from scd_sf.models.interface import check_chunks, pick_chunks
+from scd_sf.models.interface import Query, Stream, check_chunks, pick_chunks
 from scd_sf.nn.kv_cache import CacheConfig, KVCache, Window
 from scd_sf.types import UserError
 
@@ -23,7 +24,7 @@ a_few = pytest.mark.parametrize("variant", tiny.FEW, ids=str)
 def streamed(model: Student, data: tiny.Clip, cache: CacheConfig | None = None) -> Tensor:
     """The same velocities as the teacher-forced pass, chunk by chunk through the cache: (K, B, F,
     C, H, W)."""
-    stream = model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH), cache)
+    stream: Stream = tiny.stream(model, data.cond, cache=cache)
     previous, chunks = None, []
     for index in range(data.x.shape[1] // model.chunk):
         own = slice(index * model.chunk, (index + 1) * model.chunk)
@@ -121,13 +122,14 @@ def test_clips_of_a_batch_do_not_mix_and_each_keeps_its_prompt(variant: tiny.Var
     whole = tiny.teacher_forced(model, data)
     for row in (0, 1):
         only = slice(row, row + 1)
-        query = tiny.Query(data.query.x[only], data.query.t[only])
+        query = Query(data.query.x[only], data.query.t[only])
         cond = data.cond.rows(only)
         alone = model.teacher_forced(
             data.x_t[:, only], data.t[:, only], data.x[only], cond, query=query
         )
         assert torch.allclose(alone, whole[:, only], rtol=0, atol=1e-11)
     data.cond.text_BLE[1] += 1.0
+    assert data.cond.actions_BF is not None
     data.cond.actions_BF[1] = (data.cond.actions_BF[1] + 2) % tiny.DIT.num_actions
     other = tiny.teacher_forced(model, data)
     assert torch.allclose(other[:, 0], whole[:, 0], rtol=0, atol=1e-11)
@@ -143,7 +145,7 @@ def test_no_gradient_crosses_chunks(variant: tiny.Variant) -> None:
     clean = [x.clone().requires_grad_() for x in data.x.chunk(chunks, 1)]
     query = [x.clone().requires_grad_() for x in data.query.x.chunk(chunks, 1)]
     noisy = [x.clone().requires_grad_() for x in data.x_t[0].chunk(chunks, 1)]
-    stream = model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH))
+    stream: Stream = tiny.stream(model, data.cond)
     for j in range(chunks):
         stream = model.advance(stream, clean[j - 1] if j else None, query[j])
         out = (
@@ -166,7 +168,7 @@ def test_history_is_detached_and_never_written_in_place(variant: tiny.Variant) -
     """Nor held twice: every cache of a rollout reads the same tensors, each as large as its own
     tokens."""
     model, data = tiny.student(variant), tiny.clip(variant.chunk, samples=1)
-    stream = model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH))
+    stream: Stream = tiny.stream(model, data.cond)
     previous, caches = None, []
     for x in data.x.split(variant.chunk, 1):
         stream = model.advance(stream, previous, x)
@@ -203,9 +205,7 @@ def test_history_is_detached_and_never_written_in_place(variant: tiny.Variant) -
 def test_denoise_is_a_pure_read(variant: tiny.Variant) -> None:
     model, data = tiny.student(variant), tiny.clip(variant.chunk, samples=1)
     with torch.no_grad():
-        stream = model.advance(
-            model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH)), None, data.x[:, : variant.chunk]
-        )
+        stream: Stream = tiny.stream(model, data.cond, data.x[:, : variant.chunk])
         stream = model.advance(
             stream, data.x[:, : variant.chunk], data.x[:, variant.chunk : 2 * variant.chunk]
         )
@@ -317,7 +317,7 @@ def test_chunk_helpers() -> None:
 @pytest.mark.parametrize(
     "setting", [{"window": 0}, {"window": -1}, {"sink": -1}, {"preallocate": 0}]
 )
-def test_bad_cache_settings_are_named(setting: dict[str, int]) -> None:
+def test_bad_cache_settings_are_named(setting: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="cache"):
         replace(CacheConfig(), **setting)
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_nothing_is_written_inside_what_is_read(world: Path, tmp_path: Path) -> 
     step = world / "run" / "step_00000600"
     (tmp_path / "link").symlink_to(step)
     (tmp_path / "base").symlink_to(world / "wan")
-    tried = [
+    tried: list[Callable[[], object]] = [
         lambda: export_weights(world / "run", step / "x.safetensors", "single"),
         lambda: export_weights(world / "run", tmp_path / "link" / "deep" / "x", "diffusers"),
         lambda: export_pipeline(world / "run", step / "x"),
@@ -95,7 +96,7 @@ def test_a_failure_leaves_nothing(
     def stop(*_: object) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    commands = {
+    commands: dict[str, Callable[[], object]] = {
         "scd_sf.generation.pipeline.largest": lambda: export_pipeline(
             world / "run", tmp_path / "pipeline"
         ),
@@ -369,15 +370,14 @@ def test_descriptions_of_others(world: Path, tmp_path: Path) -> None:
         Checkpoints(run).write(1, {"model": tiny_wan_state()}, text, {"stage": "x"})
         with pytest.raises(UserError, match=words):
             export_weights(run, tmp_path / "x.safetensors", "single")
-    for number, record in enumerate(
-        (
-            {"video": {"frames": "x"}},
-            {"video": [9]},
-            {"video": {"frames": -1}},
-            {"stage": 3},
-            {"parents": "x"},
-        )
-    ):
+    records: tuple[dict[str, object], ...] = (
+        {"video": {"frames": "x"}},
+        {"video": [9]},
+        {"video": {"frames": -1}},
+        {"stage": 3},
+        {"parents": "x"},
+    )
+    for number, record in enumerate(records):
         run = tmp_path / f"record{number}"
         Checkpoints(run).write(1, {"model": tiny_wan_state()}, to_yaml(config), record)
         with pytest.raises(UserError, match=r"provenance\.json: Expected") as caught:

@@ -78,7 +78,7 @@ def test_gradients_stop_at_the_cache_but_pass_a_live_prefix() -> None:
     cache = cache.grown(cache.write({0: (old[0], old[1])}), 3)
     q.requires_grad_()
     out = Streaming(cache, (4,))(0, q, k, v).sum()
-    assert torch.autograd.grad(out, old, allow_unused=True) == (None, None)
+    assert all(g is None for g in torch.autograd.grad(out, old, allow_unused=True))
     live = Streaming(LivePast({0: (old[0], old[1])}), (4,))(0, q, k, v)
     assert all(float(g.abs().max()) > 0 for g in torch.autograd.grad(live.pow(2).sum(), old))
     assert LivePast({}).layer(0) is None

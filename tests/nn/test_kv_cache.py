@@ -23,7 +23,7 @@ def pieces(sizes: list[int], layers: int = 2) -> list[dict[int, KV]]:
     return [{layer: (one(size), one(size)) for layer in range(layers)} for size in sizes]
 
 
-C = TypeVar("C", KVCache, RingKVCache)
+C = TypeVar("C", KVCache, RingKVCache, KVCache | RingKVCache)
 
 
 def extended(cache: C, staged: dict[int, KV]) -> C:

@@ -85,9 +85,10 @@ def test_a_probe_leaves_no_trace(family: str) -> None:
     def fail(place: Place, block: int, *_: Tensor) -> None:
         raise RuntimeError("full disk")
 
-    for watch in (lambda: watch_features(one, [0], fail), lambda: watch_attention(one, fail)):
-        with pytest.raises(RuntimeError, match="full disk"):
-            watch()
+    with pytest.raises(RuntimeError, match="full disk"):
+        watch_features(one, [0], fail)
+    with pytest.raises(RuntimeError, match="full disk"):
+        watch_attention(one, fail)
     assert hooks(one.model) == 0 and torch.equal(one.sample(), before)
     assert all(torch.equal(v, weights[k]) for k, v in one.model.state_dict().items())
 
@@ -202,11 +203,11 @@ def test_uniform_attention_is_the_baseline(family: str) -> None:
     assert seen == {chunk: (chunk + 1) * one.chunk for chunk in range(chunks)}
     found: Any = attention_mass(one, AttentionProbe(queries=3)).data
     whole, total = len(one.history_blocks) - diagonal, len(one.history_blocks)
-    for block in range(total):
-        wanted = found["uniform_by_distance"] if block < whole else [1.0] + [0.0] * (FRAMES - 1)
-        assert found["by_distance"][block] == pytest.approx(wanted, abs=1e-5)
-        earlier = found["uniform_earlier_chunks"] if block < whole else 0.0
-        assert found["earlier_chunks"][block] == pytest.approx(earlier, abs=1e-5)
+    for number in range(total):
+        wanted = found["uniform_by_distance"] if number < whole else [1.0] + [0.0] * (FRAMES - 1)
+        assert found["by_distance"][number] == pytest.approx(wanted, abs=1e-5)
+        earlier = found["uniform_earlier_chunks"] if number < whole else 0.0
+        assert found["earlier_chunks"][number] == pytest.approx(earlier, abs=1e-5)
     shares = {"wan": 0.0, "causal-3": 0.5, "scd-3": 0.5}  # the later of two chunks sees both
     every_frame = sum(frame / (frame + 1) for frame in range(1, FRAMES)) / (FRAMES - 1)
     assert found["uniform_earlier_chunks"] == pytest.approx(shares.get(family, every_frame))

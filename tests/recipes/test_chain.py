@@ -147,10 +147,10 @@ def test_pretrain_then_stage1_refuses_our_own_checkpoint_and_takes_diffusers(
     assert {"val/right", "val/wrong_motion", "val/null"} <= tiny_run.metrics(tmp_path / "teacher")[
         -1
     ].keys()
-    result = recipe_runner.run(
+    refusal = recipe_runner.run(
         "recipes/stage1_transplant.py", f"base={tmp_path}/teacher", f"out={tmp_path}/s1"
     )
-    assert result.code == 2 and "Wan 2.1 directory" in result.err
+    assert refusal.code == 2 and "Wan 2.1 directory" in refusal.err
 
 
 def test_plain_python_command(chain: Chain, tmp_path: Path) -> None:

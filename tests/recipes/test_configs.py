@@ -21,9 +21,9 @@ from scd_sf.config import commented_yaml, differences, from_yaml, load_config, t
 from scd_sf.diffusion.flow import shift_time
 from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.build import ModelConfig
+from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import TransplantConfig
-from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.tools.demo_steps import clips_and_latents
 from scd_sf.tools.stage_configs import Stage2Config
 from scd_sf.tools.steps import Step

@@ -85,7 +85,7 @@ def test_kill_points(
     chain: Chain, tmp_path: Path, pytestconfig: pytest.Config, stage: str, world: int, more: str
 ) -> None:
     count = int(pytestconfig.getoption("--kill-points"))
-    whole = {}
+    whole: dict[str, int] = {}
     targets = {"writes": At(WRITES, 10**9), "moments": At(BACKWARD, 10**9)}
     runs = [list(targets)] if world == 2 else [[name] for name in targets]  # one count for a rank
     for names in runs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recipe_runner
@@ -129,7 +130,7 @@ def test_a_change_of_the_prompt_keeps_to_its_video(
     ):
         same(together, video)
     assert not torch.equal(alone[0], sampled(chain, *given)[0])
-    more = {"frames": 17, "window": 2, "sink": 1, "output_type": "pt"}
+    more: dict[str, Any] = {"frames": 17, "window": 2, "sink": 1, "output_type": "pt"}
     video = pipe(PROMPTS[0], seed=0, then={5: PROMPTS[1]}, history="recache", **more).frames
     assert torch.equal(as_uint8(video)[0], alone[0])
     with pytest.raises(UserError, match="history is 'none'"):

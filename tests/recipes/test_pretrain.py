@@ -76,8 +76,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_and_resumed_it_is_the_unbroken_run(data: Path, tmp_path: Path) -> None:
-    whole = recipe_runner.succeed(SCRIPT, *arguments(data, tmp_path / "whole"))
-    tiny_run.check_words(whole.out, tmp_path / "whole", "score")
+    done = recipe_runner.succeed(SCRIPT, *arguments(data, tmp_path / "whole"))
+    tiny_run.check_words(done.out, tmp_path / "whole", "score")
     killed = recipe_runner.run(
         SCRIPT,
         *arguments(data, tmp_path / "parts"),

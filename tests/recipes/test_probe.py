@@ -124,8 +124,9 @@ def test_a_skip_layer_checkpoint(tmp_path: Path) -> None:
 def test_a_model_from_scratch(family: str, tmp_path: Path) -> None:
     """On encoded frames with actions, at the noise levels of its own training, which was without a
     shift."""
-    fusion = ("paper", "temporal") if family == "scd" else ()
-    model = tiny.student(tiny.Variant(family, 1, *fusion, backbone="dit"), dtype=torch.float32)
+    fusion = ("paper", "temporal") if family == "scd" else ("", "identical")
+    variant = tiny.Variant(family, 1, *fusion, "full", "dit")
+    model = tiny.student(variant, dtype=torch.float32)
     info = FrameSetInfo(tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH, 8, tiny.DIT.num_actions, ("a", "b"))
     writer, rng = FrameWriter(tmp_path / "data", {}, info), tiny.generator(0)
     for number in range(5):
@@ -155,8 +156,8 @@ def test_a_model_from_scratch(family: str, tmp_path: Path) -> None:
     run_probes(cfg, CPU)
     found = json.loads((tmp_path / "out" / "leave_one_out.json").read_text())
     assert found["levels"] == [0.25, 0.75] and found["clips"] == 3
-    frames = FrameClips(tmp_path / "data").batch([1, 2, 3], [0, 0, 0], 3)
-    losses = FlowLosses(frames.latents_BFCHW, frames.cond, (0.25, 0.75))
+    batch = FrameClips(tmp_path / "data").batch([1, 2, 3], [0, 0, 0], 3)
+    losses = FlowLosses(batch.latents_BFCHW, batch.cond, (0.25, 0.75))
     assert found["base"] == pytest.approx(losses.measure(subject.model).mean(1).tolist())
     assert (tmp_path / "out" / "similarity.json").is_file() and (
         tmp_path / "out" / "attention.json"

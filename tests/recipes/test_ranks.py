@@ -43,9 +43,9 @@ def assert_same_run(one: Path, two: Path, tolerance: float) -> None:
             {key: right[key] for key in both}, rel=tolerance, abs=tolerance
         )
     for name in ("model", "ema"):
-        left, right = (read_tensors(find(run) / f"{name}.safetensors") for run in (one, two))
-        assert left.keys() == right.keys()
-        assert all(float((left[key] - right[key]).abs().max()) <= tolerance for key in left)
+        ours, other = (read_tensors(find(run) / f"{name}.safetensors") for run in (one, two))
+        assert ours.keys() == other.keys()
+        assert all(float((ours[key] - other[key]).abs().max()) <= tolerance for key in ours)
 
 
 @pytest.mark.parametrize("engine", ["backend: torch", "backend: deepspeed, zero_stage: 2"])

@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -82,13 +83,15 @@ class FakeTensor(Tensor):
         )
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(f"{func} on a tensor of the rehearsal outside of it")
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FakeTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def tolist(self) -> Any:
@@ -160,11 +163,11 @@ class FakeCuda(TorchDispatchMode):
             (attention, "compiled_flex", lambda: self._flex),
         ):
             self._patches.enter_context(patch.object(where, name, stand_in))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._patches.close()
 
     @contextmanager
@@ -298,7 +301,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _option(self, value: Any) -> Hashable:
         return (
-            value._cdata in self._generators
+            value._cdata in self._generators  # type: ignore[attr-defined]
             if isinstance(value, torch._C.Generator)
             else _described(value)
         )
@@ -306,7 +309,7 @@ class FakeCuda(TorchDispatchMode):
     def _generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         made = torch._C.Generator()
         if torch.device(device).type == "cuda":
-            self._generators[made._cdata] = made
+            self._generators[made._cdata] = made  # type: ignore[attr-defined]
         return made
 
     def _attention(self, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -450,14 +453,15 @@ def _shapes(tensors: Any) -> str:
 
 def _place() -> str:
     """The innermost line of the project, else of a test."""
-    frame, test = sys._getframe(1), ""
+    frame: FrameType | None = sys._getframe(1)
+    test = ""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(PRODUCT) and file != MOVES:
             return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno}"
         if not test and file.startswith(str(ROOT / "tests")) and file != __file__:
             test = f"{Path(file).relative_to(ROOT)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return test or "?"
 
 

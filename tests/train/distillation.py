@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import tiny
 import torch
@@ -27,7 +28,7 @@ from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.train.base import EngineConfig, StepModule
+from scd_sf.train.base import Engine, EngineConfig, StepModule
 from scd_sf.train.engine import build_engine, frozen_engine
 from scd_sf.types import Conditioning
 
@@ -105,7 +106,7 @@ class Case:
     critic: int | str
     offload_teacher: bool = False
     checkpointing: bool = True
-    dtype: str = "fp32"
+    dtype: Literal["fp32", "bf16"] = "fp32"
     stage2: bool = False
     offload: bool = False
     context_noise: float = 0.05
@@ -140,7 +141,7 @@ class Case:
             backend, dtype=self.dtype, grad_clip=CLIP, bucket=BUCKET, **optimizer, **options
         )
 
-    def trainer(self, module: nn.Module, stage: int | str, ranks: Ranks) -> Trainer:
+    def trainer(self, module: nn.Module, stage: int | str, ranks: Ranks) -> Engine:
         return build_engine(
             module, self.engine(stage), ranks, global_batch=GLOBAL, micro_batch=1, total_updates=100
         )
@@ -224,7 +225,7 @@ def cycles(student: Trainer, critic: Trainer, teacher: nn.Module, ranks: Ranks) 
 
 
 def stage2(student: Trainer, ranks: Ranks) -> list[Update]:
-    def of_student(number: int, step: int) -> Tensor:
+    def of_student(step: int, number: int) -> Tensor:
         x, cond = (
             tiny.latents(1, FRAMES, 20 * step + number, torch.float32),
             tiny.prompts(1, number, torch.float32),
@@ -233,10 +234,7 @@ def stage2(student: Trainer, ranks: Ranks) -> list[Update]:
             x.to(ranks.device), cond.to(ranks.device), tiny.generator(900 + 10 * step + number)
         )
 
-    return [
-        update(student, ranks, lambda number, step=step: of_student(number, step))
-        for step in range(CYCLES)
-    ]
+    return [update(student, ranks, partial(of_student, step)) for step in range(CYCLES)]
 
 
 Tensors = dict[str, Tensor]
@@ -256,7 +254,8 @@ class Outcome:
     def of(
         cls, history: list[Update], trainers: dict[str, Trainer], starts: dict[str, Tensors]
     ) -> Outcome:
-        masters, way, changed = {}, [], {}
+        masters: Tensors = {}
+        way, changed = [], {}
         for who, trainer in trainers.items():
             now, before = trainer.fp32_masters(), starts[who]
             masters |= {f"{who}.{name}": tensor for name, tensor in now.items()}

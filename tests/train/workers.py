@@ -11,17 +11,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import torch.multiprocessing as mp
 from recipe_runner import free_port
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 
 from scd_sf import checkpoint
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.distributed import Ranks, init_distributed
+from scd_sf.files import sha256_file
 from scd_sf.train.base import Engine, EngineConfig, StepModule
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.engine import build_engine, frozen_engine
@@ -233,7 +236,11 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     reads: list[str] = []
 
     def reader(name: str, value: Tensor) -> Callable[[], Tensor]:
-        return lambda: (reads.append(name), value)[1]
+        def read() -> Tensor:
+            reads.append(name)
+            return value
+
+        return read
 
     weights = {name: reader(name, value) for name, value in Tiny(5).state_dict().items()}
     teacher = frozen_engine(lambda: Tiny(6), weights, cfg, ranks)
@@ -266,18 +273,16 @@ def verified_once(ranks: Ranks, out: Path) -> dict[str, Any]:
     """What each rank hashes of a checkpoint that both read, then what each hears of a damaged one,
     and of a place that rank 0 cannot write."""
     hashed: list[str] = []
-    plain = checkpoint.sha256_file
 
     def counting(file: Path) -> str:
         hashed.append(file.name)
-        return plain(file)
+        return sha256_file(file)
 
     root = out.parent / "verified"
     path = ranks.on_main(
         lambda: Checkpoints(root).write(1, {"model": {"x": torch.ones(2)}}, "{}", {"a": 1})
     )
-    checkpoint.sha256_file = counting  # type: ignore[assignment]
-    try:
+    with patch.object(checkpoint, "sha256_file", counting):
         same = ranks.checkpoint(root, "ema") == path == checkpoint.find(root, "ema")
         ranks.barrier()
         read = sorted(hashed)
@@ -292,8 +297,6 @@ def verified_once(ranks: Ranks, out: Path) -> dict[str, Any]:
             ranks.on_main((path / "config.yaml" / "below").mkdir)
         except UserError as error:
             place = str(error)
-    finally:
-        checkpoint.sha256_file = plain
     return {"same": same, "hashed": read, "error": words, "place": place}
 
 
@@ -308,14 +311,14 @@ def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]
             continue
         cfg = kind_config(kind, "bf16" if name.startswith("bf16_") else "fp32")
         bodies: dict[str, Callable[[], Any]] = {
-            "train": lambda cfg=cfg: train(cfg, ranks, 2),
-            "ema": lambda cfg=cfg: average(cfg, ranks),
-            "one_micro": lambda cfg=cfg: train(cfg, ranks, GLOBAL // ranks.world),
-            "nan": lambda cfg=cfg: nan_batch(cfg, ranks),
-            "resume": lambda cfg=cfg, name=name: resume(cfg, ranks, out / name),
-            "skips": lambda cfg=cfg: too_many_skips(replace(cfg, max_skips=2), ranks),
-            "three": lambda cfg=cfg: three_engines(cfg, ranks),
-            "verified": lambda: verified_once(ranks, out),
+            "train": partial(train, cfg, ranks, 2),
+            "ema": partial(average, cfg, ranks),
+            "one_micro": partial(train, cfg, ranks, GLOBAL // ranks.world),
+            "nan": partial(nan_batch, cfg, ranks),
+            "resume": partial(resume, cfg, ranks, out / name),
+            "skips": partial(too_many_skips, replace(cfg, max_skips=2), ranks),
+            "three": partial(three_engines, cfg, ranks),
+            "verified": partial(verified_once, ranks, out),
         }
         results[name] = bodies[check]()
         print(f"[{ranks.rank}] {name}", file=sys.stderr, flush=True)
@@ -328,7 +331,7 @@ Body = Callable[..., dict[str, Any]]
 def spawn(world: int, out: Path, body: Body, *args: Any) -> list[dict[str, Any]]:
     """``body(ranks, out, *args)`` in ``world`` new processes; every rank's results, through
     JSON."""
-    mp.start_processes(
+    start_processes(
         main,
         args=(world, int(free_port()), out, body, args),
         nprocs=world,

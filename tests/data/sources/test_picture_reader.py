@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,10 @@ def seen(path: Path) -> np.ndarray:
 
 
 def write(path: Path, picture: Image.Image, profile: bytes) -> Path:
-    quality = {".jpg": {"quality": 100, "subsampling": 0}, ".webp": {"lossless": True}}
+    quality: dict[str, dict[str, Any]] = {
+        ".jpg": {"quality": 100, "subsampling": 0},
+        ".webp": {"lossless": True},
+    }
     picture.save(path, icc_profile=profile, **quality.get(path.suffix, {}))
     return path
 

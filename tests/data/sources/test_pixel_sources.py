@@ -247,7 +247,7 @@ def test_malformed_videos(doom_actions: Path, tmp_path: Path) -> None:
 
 def test_far_lists(doom_actions: Path, tmp_path: Path) -> None:
     stems = [f"train/my_way_home/{number:05d}" for number in (3, 1)]
-    rows = [
+    rows: list[dict[str, object]] = [
         {"video_path": f"datasets/mc/{s}.mp4", "action_path": f"datasets/mc/{s}.npz"} for s in stems
     ]
     (tmp_path / "list.json").write_text(json.dumps(rows))
@@ -538,7 +538,7 @@ def test_malformed_realestate10k(tmp_path: Path) -> None:
 def test_bad_configs() -> None:
     for values in ({"every": 0}, {"num_actions": 0}, {"fold": 4}, {"size": -1}, {"kind": "x"}):
         with pytest.raises(UserError, match=next(iter(values))):
-            PixelsConfig(**values)  # type: ignore[arg-type]
+            PixelsConfig(**values)
     with pytest.raises(UserError, match="'root' is empty"):
         open_pixels(PixelsConfig())
     with pytest.raises(UserError, match="format"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -118,10 +119,11 @@ def test_only_reports_are_replaced(tmp_path: Path, name: str) -> None:
     given = {"a": scores(tmp_path)}
     write_report(given, tmp_path / "ours", None)
     write_report(given, tmp_path / "ours", None)
-    for make in (
+    makes: tuple[Callable[[Path], object], ...] = (
         lambda place: place.write_text("mine"),
         lambda place: place.symlink_to(tmp_path / "ours" / name),
-    ):
+    )
+    for make in makes:
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         out.mkdir()
         make(out / name)

@@ -179,7 +179,7 @@ def test_an_environment_is_built_once(tmp_path: Path, monkeypatch: pytest.Monkey
         commands.append(command)
         return subprocess.CompletedProcess(command, int("broken" in command))
 
-    monkeypatch.setattr(environment.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     folder = tmp_path / "env"
     assert build(folder) == build(folder) == folder / "bin" / "python" and len(commands) == 2
     assert commands[0][1:] == ["-m", "venv", str(folder)] and set(environment.PINS) < set(

@@ -4,6 +4,7 @@ corruption of c."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.models.build import Scd
-from scd_sf.models.interface import Corruption
+from scd_sf.models.interface import Corruption, Query, Stream
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig, contexts_per_sample, corrupt
 from scd_sf.models.scd.scratch import ScdScratch
@@ -67,7 +68,7 @@ def test_fused_pass_equals_a_clean_pass_and_a_query_pass(chunk: int) -> None:
         return out, cache.grown(cache.write(attend.staged), write * length)
 
     cache = KVCache.empty()
-    stream = model.start(data.cond, GRID)
+    stream: Stream = tiny.stream(model, data.cond)
     for index in range(len(x)):
         if index:
             _, cache = run(x[index - 1], 0.0, index - 1, cache, write=1)
@@ -148,7 +149,7 @@ def test_delta_starts_as_causal_wan_with_chunk_diagonal_late_layers(variant: tin
     )
     t = torch.full((batch, frames), 0.97, dtype=torch.float64)
     x_t = 0.03 * data.x + 0.97 * data.eps[0]
-    query = tiny.Query(x_t, t)
+    query = Query(x_t, t)
     ours = model.teacher_forced(x_t[None], t[None], data.x, data.cond, query=query)[0]
 
     late, text = len(tiny.ENCODER), trunk.text(data.cond.text_BLE)
@@ -240,7 +241,7 @@ def test_where_the_junction_falls() -> None:
         ("split", 11, r"decoder.split is 11; it must lie in 0..10"),
     ],
 )
-def test_bad_decoder_configs_are_named(field: str, value: str | int, words: str) -> None:
+def test_bad_decoder_configs_are_named(field: str, value: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         replace(DecoderConfig(), **{field: value})
 

@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 
-from scd_sf.models.build import Scd
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import FUSIONS, DecoderConfig
 from scd_sf.models.scd.transplant import (
@@ -19,6 +18,7 @@ from scd_sf.models.scd.transplant import (
     transplant_scd,
     verify_transplant,
 )
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import UserError
 
@@ -28,6 +28,7 @@ LISTS = [
     ((5,), (0,)),
     (tuple(range(6)), (5, 4, 3)),
 ]
+QUERIES = "blocks.1.attn1.to_q.weight"
 
 
 def wan() -> Wan:
@@ -76,7 +77,7 @@ def test_copies_share_no_storage_with_the_source_or_each_other() -> None:
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(1.0)
-        model.decoder.trunk.blocks[0].attn1.to_q.weight.zero_()
+        model.get_parameter("decoder.trunk.blocks.0.attn1.to_q.weight").zero_()
     changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert changed == ["decoder.trunk.blocks.0.attn1.to_q.weight"]
     assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(report)
@@ -85,7 +86,7 @@ def test_copies_share_no_storage_with_the_source_or_each_other() -> None:
 def test_verification_can_fail() -> None:
     source = wan()
     model, report = transplant_scd(source, ScdConfig(tiny.ENCODER, DecoderConfig(tiny.DECODER)))
-    weight = model.encoder.blocks[1].ffn.net[2].weight
+    weight = model.get_parameter("encoder.blocks.1.ffn.net.2.weight")
     with torch.no_grad():
         kept = weight[0, 0].clone()
         weight[0, 0] += 1e-7
@@ -103,8 +104,8 @@ def test_verification_can_fail() -> None:
 def test_shared_storage_is_caught_though_values_are_equal(with_source: bool) -> None:
     source = wan()
     model, report = transplant_scd(source, ScdConfig(tiny.ENCODER, DecoderConfig(tiny.DECODER)))
-    other = source.trunk.blocks[1] if with_source else model.decoder.trunk.blocks[1]
-    model.encoder.blocks[1].attn1.to_q.weight.data = other.attn1.to_q.weight.data
+    other = source.trunk if with_source else model.decoder.trunk
+    model.encoder.get_parameter(QUERIES).data = other.get_parameter(QUERIES).data
     with pytest.raises(AssertionError, match="two tensors share storage"):
         verify_transplant(model, source, report)
 
@@ -112,7 +113,8 @@ def test_shared_storage_is_caught_though_values_are_equal(with_source: bool) -> 
 def test_a_tied_parameter_is_caught() -> None:
     source = wan()
     model, report = transplant_scd(source, ScdConfig(tiny.ENCODER, DecoderConfig(tiny.DECODER)))
-    model.encoder.blocks[1].attn1.to_q.weight = model.decoder.trunk.blocks[1].attn1.to_q.weight
+    tied = model.decoder.trunk.get_parameter(QUERIES)
+    model.encoder.get_submodule(QUERIES.removesuffix(".weight")).weight = tied
     with pytest.raises(AssertionError, match="two tensors share storage"):
         verify_transplant(model, source, report)
 
@@ -152,7 +154,7 @@ def test_transplanted_contexts_are_wans_hidden_states() -> None:
     source, data = tiny.wan(), tiny.clip(1, chunks=1, samples=1)
     with tiny.double():
         model, _ = transplant_scd(source, tiny.scd_config(tiny.Variant("scd", 1, "junction")))
-    assert isinstance(model, Scd)
+    assert isinstance(model, ScdWan)
     caught: list[torch.Tensor] = []
     last = source.trunk.blocks[len(tiny.ENCODER) - 1]
     last.register_forward_hook(lambda _module, _inputs, out: caught.append(out))

@@ -317,6 +317,23 @@ def ldm_alone(folder: Path) -> None:
 
 
 WEIGHT = "decoder.conv_in.weight"
+
+
+def no_stages(folder: Path) -> None:
+    reconfigure(folder, decoder_block_out_channels=[8, 16])
+    rewrite(folder, dict.clear)
+
+
+def odd_statistics(folder: Path) -> None:
+    reconfigure(folder, latents_mean="gone")
+    torch.save({"x": torch.ones(C)}, folder / "latents_stats.pt")
+
+
+def code_in_a_pickle(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"x": Path("y")}, folder / "w.pth")
+
+
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (
         lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(),
@@ -339,7 +356,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "describes no AutoencoderDC",
     ),
     "stages differ": (
-        lambda d: reconfigure(d, decoder_block_out_channels=[8, 16]) or rewrite(d, dict.clear),
+        no_stages,
         "tensors missing",
     ),
     "missing": (
@@ -374,17 +391,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "must be positive",
     ),
     "odd statistics": (
-        lambda d: (
-            reconfigure(d, latents_mean="gone")
-            or torch.save({"x": torch.ones(C)}, d / "latents_stats.pt")
-        ),
+        odd_statistics,
         "holds x",
     ),
     "code in a pickle": (
-        lambda d: (
-            (d / "diffusion_pytorch_model.safetensors").unlink()
-            or torch.save({"x": Path("y")}, d / "w.pth")
-        ),
+        code_in_a_pickle,
         "more than tensors",
     ),
     "LDM without statistics": (ldm_alone, "no statistics"),

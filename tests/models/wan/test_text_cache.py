@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -122,9 +123,15 @@ def test_settings_and_computing_type_are_part_of_the_key_and_the_place_is_not(
     model: Path, tmp_path: Path, loads: list[object]
 ) -> None:
     cache, config = tmp_path / "cache", TextEncoderConfig(path=str(model))
-    changes = ({}, {"hidden_layer": 0}, {"scale": 2.0}, {"clean": False}, {"max_length": 4})
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"hidden_layer": 0},
+        {"scale": 2.0},
+        {"clean": False},
+        {"max_length": 4},
+    )
     for change in changes:
-        CachedTextEncoder(replace(config, **change), cache).states(PROMPTS[:1])  # type: ignore[arg-type]
+        CachedTextEncoder(replace(config, **change), cache).states(PROMPTS[:1])
     CachedTextEncoder(config, cache, dtype=torch.bfloat16).states(PROMPTS[:1])
     assert len(loads) == len(entries(cache)) == 6
     model.rename(tmp_path / "moved")

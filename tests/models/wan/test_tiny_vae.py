@@ -42,7 +42,7 @@ def network(cfg: TinyVaeConfig = SMALL) -> TinyDecoder:
     torch.manual_seed(0)
     model = TinyDecoder(cfg)
     for parameter in model.parameters():
-        parameter *= 1.5
+        parameter.mul_(1.5)
     model.get_parameter("decoder.22.bias").add_(0.4)
     return model
 

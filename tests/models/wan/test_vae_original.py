@@ -29,7 +29,7 @@ def layer(name: str, *shape: int) -> Shapes:
 
 
 def residual(name: str, inner: int, outer: int) -> Shapes:
-    shapes = {
+    shapes: Shapes = {
         f"{name}.residual.0.gamma": (inner, 1, 1, 1),
         f"{name}.residual.3.gamma": (outer, 1, 1, 1),
     }

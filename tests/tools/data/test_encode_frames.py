@@ -284,7 +284,7 @@ def test_foreign_latents_are_scaled(tmp_path: Path) -> None:
 def test_bad_numbers() -> None:
     for config in ({"batch": 0}, {"workers": 0}, {"max_bad": 1.5}, {"frames_per_shard": 0}):
         with pytest.raises(UserError, match=next(iter(config))):
-            EncodeConfig(**config)  # type: ignore[arg-type]
+            EncodeConfig(**config)
 
 
 # -------------------------------------------------------------------------------------- the scripts

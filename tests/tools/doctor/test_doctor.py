@@ -4,6 +4,8 @@ report down."""
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -107,9 +109,9 @@ def usage(total_gib: float, free_gib: float) -> Callable[[object], object]:
 
 
 def test_little_of_everything_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.shutil, "disk_usage", usage(0.0625, 0.5))
-    monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (1024, 4096))
-    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "disk_usage", usage(0.0625, 0.5))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     names = {
         f.name: f
         for check in (checks.memory, checks.limits, checks.disks, checks.compiler)

@@ -42,7 +42,7 @@ from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.models.wan.vae import Vae, VaeStream
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.masks import Layout, dense_mask, teacher_forcing_mask
-from scd_sf.train.engine import build_engine
+from scd_sf.train.base import Engine, StepModule
 
 Differences = dict[str, tuple[float, float]]
 Check = Callable[[Ranks], Differences]
@@ -89,14 +89,11 @@ def resume(case: Case) -> Check:
     """Two updates, saved, loaded by a fresh engine: the third is the same to the last bit."""
 
     def check(ranks: Ranks) -> Differences:
-        def engine() -> distillation.Trainer:
-            module = distillation.StepModule(
-                distillation.students(True), distillation.stage2_loss(0.0)
-            )
-            sizes = {"global_batch": distillation.GLOBAL, "micro_batch": 1, "total_updates": 100}
-            return build_engine(module, case.engine(case.student), ranks, **sizes)
+        def engine() -> Engine:
+            module = StepModule(distillation.students(True), distillation.stage2_loss(0.0))
+            return case.trainer(module, case.student, ranks)
 
-        def turn(one: distillation.Trainer, number: int) -> None:
+        def turn(one: Engine, number: int) -> None:
             for micro in range(one.micro_batches):
                 x = tiny.latents(1, distillation.FRAMES, 20 * number + micro, torch.float32).to(
                     ranks.device

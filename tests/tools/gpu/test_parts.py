@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,14 +274,13 @@ def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_measurement_is_a_failure(tmp_path: Path) -> None:
     record = GpuRecord(tmp_path / "out.json")
-    found = {
+    found: dict[str, list[dict[str, object]]] = {
         "empty": [],
         "nan": [{"loss": float("nan"), "fine": True}],
         "good": [{"loss": 1.0, "gib": None}],
     }
-    part = Part(
-        7, "trials", 9.0, lambda: [GpuRow(n, lambda v=v: {"lines": v}) for n, v in found.items()]
-    )  # type: ignore[misc]
+    rows = [GpuRow(name, partial(dict, lines=lines)) for name, lines in found.items()]
+    part = Part(7, "trials", 9.0, lambda: rows)
     assert measure_rows(part, record, {}, 9.0) == 0
     errors = {name: row.get("error") for name, row in document(record)["rows"].items()}
     assert errors == {"empty": "nothing was measured", "nan": "not finite: loss", "good": None}

@@ -74,7 +74,9 @@ def stage3(job: PlanJob, ranks: Ranks) -> None:
 def peak(recorded: profile) -> int:
     """Most bytes alive at once after the first mark."""
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = [
+        e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
     events.sort(key=lambda event: event.start_ns())
     alive = most = marks = 0
     for event in events:

@@ -3,6 +3,8 @@ had."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,9 @@ def test_a_training_step_costs_what_the_real_one_does(checkpointing: bool) -> No
 
 def most_alive(recorded: profile) -> int:
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = [
+        e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
     alive = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         alive += event.nbytes()

@@ -260,10 +260,10 @@ def test_the_papers_models_against_counts_made_by_hand() -> None:
                 wan(x, torch.empty(1), cond)
         assert meter.flops / 1e15 == pytest.approx(expected, rel=0.02)
     paper = ModelConfig(scd=ScdConfig(decoder=DecoderConfig(fusion="paper")))
-    cfg = load_config(Stage2Config, CONFIGS / "stage2_wan_1.3b.yaml", BLANK)
+    stage2 = load_config(Stage2Config, CONFIGS / "stage2_wan_1.3b.yaml", BLANK)
     for samples, expected in ((1, 1.54), (4, 2.37)):
         loss = FlowMatchingConfig(noise_samples=samples, target_chunks=None)
-        job = PlanJob(dataclasses.replace(cfg, loss=loss), paper, CLIP)
+        job = PlanJob(dataclasses.replace(stage2, loss=loss), paper, CLIP)
         found = budget(job, Cluster(1, 8))
         assert found.phases[0].flops / 1e15 == pytest.approx(expected, rel=0.06)
         if samples == 1:

@@ -14,7 +14,6 @@ import torch
 
 from scd_sf import cli
 from scd_sf.checkpoint import Checkpoints, provenance
-from scd_sf.tools.runs import commands
 from scd_sf.tools.runs.curve import TAIL_BYTES, read_curve, read_tail
 from scd_sf.tools.runs.state import find_runs, read_run
 from scd_sf.types import UserError
@@ -22,7 +21,7 @@ from scd_sf.types import UserError
 NOW = 1_700_000_000.0
 
 
-def lines(*records: dict[str, object]) -> str:
+def lines(*records: object) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
@@ -353,6 +352,6 @@ def test_a_curve_is_followed_as_it_grows(
             provenance(stage="stage2_flow_matching", step=5, seed=3, parents=[]),
         )
 
-    monkeypatch.setattr(commands.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     code, out, _ = scd(["watch", run], monkeypatch, capsys)
     assert code == 0 and "finished, step 5/5" in out and "loss 0.125" in out

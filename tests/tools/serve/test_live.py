@@ -32,7 +32,9 @@ from PIL import Image
 from serve_world import HOST, KEPT, TOKEN, Live, Talk, seated, until, wait_for_nobody
 from tape import record
 from torch._dynamo.utils import counters
+from websockets import Origin
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from scd_sf.cli import serve
 from scd_sf.data.clips import read_video, video_writer
@@ -223,12 +225,9 @@ def test_the_download(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         play(page, 9)
         page.say(type="pause", on=True)
         page.say(type="download")
-        while (message := page.hear()) and not (
-            isinstance(message, dict) and message["type"] == "file"
-        ):
-            pass
-        data = page.hear()
-        assert isinstance(data, bytes) and len(data) == message["bytes"]
+        message, _ = until_kind(page, "file")
+        data = page.data()
+        assert len(data) == message["bytes"]
         monkeypatch.setattr("tempfile.TemporaryDirectory", full)
         page.say(type="download")
         # a chunk that was begun before the pause may come first
@@ -284,8 +283,7 @@ def test_one_download_at_a_time(live: Live, monkeypatch: pytest.MonkeyPatch) -> 
                 continue
             may_go_on.set()
             until_kind(page, "file")
-            data = page.hear()
-            assert isinstance(data, bytes)
+            data = page.data()
     manifest = json.loads(zipfile.ZipFile(io.BytesIO(data)).read("manifest.json"))
     assert manifest["seed"] == 2 and len(chunks) == 2
     assert chunks[0] == 1 and chunks[1] >= 3
@@ -547,7 +545,7 @@ def test_frames_of_a_camera_that_are_refused(live: Live) -> None:
     ]
 
 
-BAD_TEXTS = [
+BAD_TEXTS: list[str | bytes] = [
     "",
     "nonsense",
     "[]",
@@ -686,7 +684,7 @@ def test_one_viewer_and_a_cut(live: Live) -> None:
     first.socket.close()
 
 
-WATCHERS_MAY_NOT = [
+WATCHERS_MAY_NOT: list[str | bytes] = [
     "nonsense",
     b"a picture",
     '{"type": "start", "prompt": "a", "seed": 1}',
@@ -752,11 +750,7 @@ def test_watching_along(live: Live) -> None:
             assert watcher.expect("started")["seed"] == 10
             assert [data for _, data in watcher.chunk()[1]] == made(live, 1, HALL, 10)
             viewer.socket.close()
-            while (message := watcher.hear()) and not (
-                isinstance(message, dict) and message["type"] == "seat"
-            ):
-                pass
-            assert message == {"type": "seat", "is_free": True}
+            assert until_kind(watcher, "seat")[0] == {"type": "seat", "is_free": True}
             with seated(live):
                 assert watcher.expect("seat")["is_free"] is False
 
@@ -788,9 +782,8 @@ def test_foreign_names_and_pages_are_refused(live: Live) -> None:
             Talk(port, origin=origin)
         assert refused.value.response.status_code == 403
     with socket.create_connection((HOST, port)) as raw, pytest.raises(InvalidStatus):
-        serve_world.connect(
-            f"ws://evil.example:{port}/live", sock=raw, origin=f"http://evil.example:{port}"
-        )
+        evil = f"evil.example:{port}"
+        connect(f"ws://{evil}/live", sock=raw, origin=Origin(f"http://{evil}"))
 
     def answer(path: str, **headers: str) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection(HOST, port, timeout=20)

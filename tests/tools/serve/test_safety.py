@@ -17,6 +17,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from websockets import Origin
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -59,9 +60,8 @@ class Running:
             return talk.getresponse()
 
     def connect(self) -> contextlib.AbstractContextManager[Any]:
-        url, origin = f"ws://{HOST}:{self.port}/live", f"http://{HOST}:{self.port}"
-        given = {"compression": None, "ping_interval": None, "close_timeout": 1}
-        return connect(url, origin=origin, **given)  # type: ignore[arg-type]
+        url, origin = f"ws://{HOST}:{self.port}/live", Origin(f"http://{HOST}:{self.port}")
+        return connect(url, origin=origin, compression=None, ping_interval=None, close_timeout=1)
 
     def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         end = time.monotonic() + seconds

@@ -83,7 +83,7 @@ def test_what_is_no_chat_completion(body: bytes) -> None:
 
 def test_refusals_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", KEY)
-    echo = (401, {}, json.dumps({"error": f"Incorrect API key provided: {KEY}"}).encode())
+    echo: Reply = (401, {}, json.dumps({"error": f"Incorrect API key provided: {KEY}"}).encode())
     with serving(replies([echo])) as server:
         with pytest.raises(UserError, match=r"401 .*provided: \*\*\*") as caught:
             endpoint(server, "A_KEY").write(["a"], [1])

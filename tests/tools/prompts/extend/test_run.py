@@ -111,7 +111,7 @@ def local(path: Path, model: Path, out: Path, batch: int = 4) -> list[str]:
 def test_ranks_kills_and_resuming_give_the_same_files(model: Path, tmp_path: Path) -> None:
     path = prompts(tmp_path, 14)
     recipe_runner.succeed(SCRIPT, *local(path, model, tmp_path / "one"))
-    report = read_json(tmp_path / "one" / "report.json", "")
+    report: Any = read_json(tmp_path / "one" / "report.json", "")
     assert report["prompts"] == 14 and 0 < report["extended"] < 14
     assert sum(report["kept original because"].values()) == report["kept original"]
     assert report["settings"]["gates"]["min_words"] == 10
@@ -226,7 +226,7 @@ def test_an_endpoint_with_every_kind_of_answer(tmp_path: Path) -> None:
         run_extend(replace(cfg, batch=5), ALONE)
         assert len(server.requests) == first == 1 + 2 + 3 * 3
     assert len(set(seeds["chatty"])) == 3 and len(seeds["good"]) == 1
-    report = read_json(tmp_path / "out" / "report.json", "")
+    report: Any = read_json(tmp_path / "out" / "report.json", "")
     assert (report["prompts"], report["extended"], report["kept original"]) == (6, 3, 3)
     assert report["kept original because"] == {"chatter": 1, "cut": 1, "language": 1}
     assert report["answers refused because"] == {"chatter": 3, "cut": 3, "language": 3, "lines": 1}

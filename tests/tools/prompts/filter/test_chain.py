@@ -11,6 +11,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import recipe_runner
@@ -71,7 +72,7 @@ def test_every_step_drops_what_it_should(tmp_path: Path) -> None:
     cfg = FilterConfig(
         (str(write_csv(tmp_path / "a.csv", ROWS)),), str(tmp_path / "out"), workers=1
     )
-    report = read_json(run_filter(cfg), "")
+    report: Any = read_json(run_filter(cfg), "")
     steps = {step["name"]: step for step in report["steps"]}
     assert list(steps) == [
         "parse",
@@ -94,7 +95,7 @@ def test_every_step_drops_what_it_should(tmp_path: Path) -> None:
     }
     assert steps["near-duplicates"]["examples"][0]["repeats"] == LONG
     assert report["licence"].startswith("CC BY-NC 4.0") and report["kept"] == 3
-    rows = read_jsonl(tmp_path / "out" / "prompts.jsonl", "")
+    rows: Any = read_jsonl(tmp_path / "out" / "prompts.jsonl", "")
     assert rows[0]["original"] is None and rows[1]["original"] == ROWS[1][0]
     assert (
         rows[1]["prompt"] == "a cat, sleeping on the warm roof"
@@ -159,7 +160,7 @@ def test_the_same_on_two_processes_and_when_rows_are_added(
     )
     # newer rows may push out, but never let another old one in
     assert set(drawn) & before <= set(drawn_part)
-    report = read_json(tmp_path / "drawn" / "report.json", "")
+    report: Any = read_json(tmp_path / "drawn" / "report.json", "")
     assert report["steps"][-1]["name"] == "sample" and report["steps"][-1]["examples"] == []
 
 
@@ -222,7 +223,7 @@ def test_bad_rows_are_left_out_up_to_a_share(
         "{" * 9999,
     ]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
-    report = read_json(
+    report: Any = read_json(
         run_filter(FilterConfig((str(tmp_path / "b.jsonl"),), str(tmp_path / "out"), workers=1)), ""
     )
     counts = report["steps"][0]["counts"]
@@ -278,7 +279,7 @@ def test_lists_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     rng = random.Random(3)
     lines = [" ".join(rng.sample(LONG.split(), 8)) for _ in range(20)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
-    report = read_json(
+    report: Any = read_json(
         run_filter(FilterConfig((str(tmp_path / "a.txt"),), str(tmp_path / "out"), workers=1)), ""
     )
     assert (

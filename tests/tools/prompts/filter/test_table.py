@@ -56,7 +56,7 @@ def test_a_carriage_return_alone_ends_no_line(tmp_path: Path) -> None:
         read_list(write(tmp_path / "mac.csv", b"", "uuid,prompt\r1,a cat\r"), bad)
 
 
-BAD = {
+BAD: dict[str, tuple[str | bytes, str]] = {
     "few columns": (GOOD + "u2,x,t,0,0\n", "row 2"),
     "many columns": (GOOD + "u2,x,t,0,0,0,0,0,0,0\n", "row 2 (line 4): 10 columns instead of 9"),
     "a word": (
