@@ -39,6 +39,7 @@ SAME_COLOUR = 0.015  # BT.601 differs by 0.01, Adobe RGB and Display P3 by more 
 SCREEN_GAMMAS = ((0.435, 0.475), (0.505, 0.515))  # sRGB's and BT.709's
 # the same as numbers of ITU-T H.273, in a PNG's cICP
 SCREEN_PRIMARIES, SCREEN_TRANSFERS = (1, 5, 6), (1, 6, 13, 14, 15)
+UNKNOWN = 2  # primaries of ffmpeg where a video names its transfer alone
 
 
 def read_picture(path: Path, where: str) -> Tensor:
@@ -79,13 +80,18 @@ def picture_of(file: BinaryIO, where: str, largest: int, formats: tuple[str, ...
         if colours is not None:
             primaries, transfer, matrix, is_full = colours
             if (matrix, is_full) != (0, 1) or not (
-                primaries in SCREEN_PRIMARIES and transfer in SCREEN_TRANSFERS
+                primaries in (*SCREEN_PRIMARIES, UNKNOWN) and transfer in SCREEN_TRANSFERS
             ):
                 raise UserError(
                     f"{where}: is made for an HDR or wide screen (cICP {primaries}-{transfer}); {TO_SRGB}"
                 )
-            for name in ("icc_profile", "gamma", "chromaticity"):  # count where there is no cICP
-                image.info.pop(name, None)
+            if primaries != UNKNOWN:
+                for name in (
+                    "icc_profile",
+                    "gamma",
+                    "chromaticity",
+                ):  # count where there is no cICP
+                    image.info.pop(name, None)
         return shown_pixels(image, where)
 
 
