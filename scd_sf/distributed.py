@@ -173,6 +173,7 @@ def rank_zero_first(ranks: Ranks, work: Callable[[], object]) -> None:
 def ensure_process_group(ranks: Ranks) -> None:
     """A process group even for one process, which needs no port: DeepSpeed needs a group."""
     if not dist.is_initialized():
+        assert ranks.world == 1, "several processes have met in init_distributed"
         dist.init_process_group(
             "nccl" if ranks.device.type == "cuda" else "gloo",
             timeout=timedelta(minutes=_TIMEOUT_MINUTES),

@@ -38,7 +38,7 @@ SCREEN = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 SAME_COLOUR = 0.015  # BT.601 differs by 0.01, Adobe RGB and Display P3 by more than 0.03
 SCREEN_GAMMAS = ((0.435, 0.475), (0.505, 0.515))  # sRGB's and BT.709's
 # the same as numbers of ITU-T H.273, in a PNG's cICP
-SCREEN_PRIMARIES, SCREEN_TRANSFERS = (1, 5, 6), (1, 6, 13, 14, 15)
+SCREEN_PRIMARIES, SCREEN_TRANSFERS = (1, 5, 6), (1, 4, 6, 13, 14, 15)
 UNKNOWN = 2  # primaries of ffmpeg where a video names its transfer alone
 
 
@@ -83,7 +83,7 @@ def picture_of(file: BinaryIO, where: str, largest: int, formats: tuple[str, ...
                 primaries in (*SCREEN_PRIMARIES, UNKNOWN) and transfer in SCREEN_TRANSFERS
             ):
                 raise UserError(
-                    f"{where}: is made for an HDR or wide screen (cICP {primaries}-{transfer}); {TO_SRGB}"
+                    f"{where}: is made for another screen, HDR or wide perhaps (cICP {primaries}-{transfer}); {TO_SRGB}"
                 )
             if primaries != UNKNOWN:
                 for name in (

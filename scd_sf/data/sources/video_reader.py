@@ -56,7 +56,12 @@ AS_CODED = 0.0  # as ``fps``: frame after frame, whatever the timestamps say
 LENIENT: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 )
-EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # elements of Matroska
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # elements of Matroska (RFC 9559)
+PARTS = (  # of a segment, and of a cluster
+    "EC BF 114D9B74 1549A966 1654AE6B 1043A770 1F43B675 1C53BB6B 1941A469 1254C367",
+    "E7 5854 A7 AB A3 A0 AF",
+)
+MATROSKA = {EBML, SEGMENT, *(bytes.fromhex(name) for part in PARTS for name in part.split())}
 HDR = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}
 WIDE = {ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432}
 
@@ -121,9 +126,9 @@ def _check_matroska(file: BinaryIO) -> None:
         if position == 0 and head[:4] != EBML:
             break
         size_bytes = 9 - head[id_bytes].bit_length() if id_bytes < len(head) else 1
-        if id_bytes > 4 or size_bytes > 8:
-            break  # no Matroska, as what others leave behind the video
         name, size = head[:id_bytes], head[id_bytes : id_bytes + size_bytes]
+        if name not in MATROSKA or size_bytes > 8:
+            break  # what others leave behind the video
         position += id_bytes + size_bytes
         if position <= end:
             number = int.from_bytes(size) - (1 << 7 * size_bytes)

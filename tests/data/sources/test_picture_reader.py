@@ -128,6 +128,7 @@ def test_colour_chunks_of_png(tmp_path: Path) -> None:
         {b"sRGB": b"\0", b"gAMA": numbers(1), b"cHRM": ADOBE_CHRM},
         {b"cICP": bytes((1, 13, 0, 1)), b"iCCP": profile},
         {b"cICP": bytes((1, 1, 0, 1)), b"gAMA": numbers(1)},
+        {b"cICP": bytes((1, 4, 0, 1))},  # a gamma of 2.2, as gAMA's 0.45455
         {b"cICP": bytes((2, 13, 0, 1)), b"gAMA": numbers(0.45455)},  # ffmpeg, of unknown primaries
     ):
         (tmp_path / "a.png").write_bytes(png(patches(colours), chunks))
@@ -137,8 +138,8 @@ def test_colour_chunks_of_png(tmp_path: Path) -> None:
         ({b"gAMA": numbers(0.55556), b"cHRM": SRGB_CHRM}, "a gamma of 1.8;"),
         ({b"gAMA": numbers(0)}, "is made for another screen"),
         ({b"cHRM": ADOBE_CHRM}, "is made for another screen"),
-        ({b"cICP": bytes((9, 16, 0, 1))}, r"HDR or wide screen \(cICP 9-16\)"),
-        ({b"cICP": bytes((12, 13, 0, 1))}, "HDR or wide screen"),
+        ({b"cICP": bytes((9, 16, 0, 1))}, r"another screen, HDR or wide perhaps \(cICP 9-16\)"),
+        ({b"cICP": bytes((12, 13, 0, 1))}, "another screen, HDR"),
         ({b"cICP": bytes((2, 13, 0, 1)), b"gAMA": numbers(1)}, "another screen"),
     ):
         (tmp_path / "a.png").write_bytes(png(patches(colours), chunks))
