@@ -127,7 +127,7 @@ def _check_matroska(file: BinaryIO) -> None:
             break
         size_bytes = 9 - head[id_bytes].bit_length() if id_bytes < len(head) else 1
         name, size = head[:id_bytes], head[id_bytes : id_bytes + size_bytes]
-        if name not in MATROSKA or size_bytes > 8:
+        if size_bytes > 8 or not any(element.startswith(name) for element in MATROSKA):
             break  # what others leave behind the video
         position += id_bytes + size_bytes
         if position <= end:

@@ -133,6 +133,9 @@ def test_a_recording_without_lengths_is_cut_between_frames(tmp_path: Path) -> No
         except UserError as error:
             assert "it was cut, at least" in str(error)
     assert frames == [7]
+    path.write_bytes(data + name[:2])
+    with pytest.raises(UserError, match="it was cut, at least"):
+        read(path)
 
 
 def test_uneven_timestamps(tmp_path: Path) -> None:
