@@ -40,6 +40,7 @@ SCREEN_GAMMAS = ((0.435, 0.475), (0.505, 0.515))  # sRGB's and BT.709's
 # the same as numbers of ITU-T H.273, in a PNG's cICP
 SCREEN_PRIMARIES, SCREEN_TRANSFERS = (1, 5, 6), (1, 4, 6, 13, 14, 15)
 UNKNOWN = 2  # primaries of ffmpeg where a video names its transfer alone
+WEAKER = ("icc_profile", "gamma", "chromaticity")  # Pillow's names of what counts only without cICP
 
 
 def read_picture(path: Path, where: str) -> Tensor:
@@ -86,11 +87,7 @@ def picture_of(file: BinaryIO, where: str, largest: int, formats: tuple[str, ...
                     f"{where}: is made for another screen, HDR or wide perhaps (cICP {primaries}-{transfer}); {TO_SRGB}"
                 )
             if primaries != UNKNOWN:
-                for name in (
-                    "icc_profile",
-                    "gamma",
-                    "chromaticity",
-                ):  # count where there is no cICP
+                for name in WEAKER:
                     image.info.pop(name, None)
         return shown_pixels(image, where)
 

@@ -74,7 +74,7 @@ def test_speed_and_camera(benchmark: ModuleType) -> None:
 
 
 def in_time(measure: Callable[[argparse.Namespace], Any], is_enough: Callable[[Any], bool]) -> Any:
-    """In 6 seconds, or in as many as a busy machine needs for what is asked."""
+    """In 6 seconds, or in as many as a busy machine needs."""
     for minutes in (0.1, 0.5, 3):
         try:
             figures = measure(options(minutes=minutes))
@@ -89,10 +89,10 @@ def in_time(measure: Callable[[argparse.Namespace], Any], is_enough: Callable[[A
 def test_memory(benchmark: ModuleType, tmp_path: Path) -> None:
     figures = in_time(
         benchmark.measure_memory,
-        lambda found: (
-            found["done"].get("clips", 0) >= 2
-            and "changes" in found["done"]
-            and "frames" in found["watched_along"]
+        lambda figures: (
+            figures["done"].get("clips", 0) >= 2
+            and "changes" in figures["done"]
+            and "frames" in figures["watched_along"]
         ),
     )
     done = figures["done"]
@@ -100,7 +100,7 @@ def test_memory(benchmark: ModuleType, tmp_path: Path) -> None:
     assert done["frames"] >= 4 * done["chunks"] - 3 * done["clips"]
     assert figures["resident_mib"]["least"] > 10
     assert benchmark.table("memory", figures)[2].startswith("| resident, MiB | ")
-    page = in_time(benchmark.measure_page, lambda found: bool(found["frames"]))
+    page = in_time(benchmark.measure_page, lambda figures: bool(figures["frames"]))
     assert page["heap_mib"]["least"] > 0 and page["nodes"]["least"] > 50
     with pytest.raises(UserError, match="fewer than 10 samples"):
         benchmark.Samples(5.0, [1.0], {"a": [1.0]}).summary()

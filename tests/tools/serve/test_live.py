@@ -454,7 +454,7 @@ def _waits_for_frames(live: Live, off: bool) -> None:
 def test_speeds_without_the_wait_for_a_camera(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, which still runs the encoder while the camera is awaited, and where it is waited for
     in vain. Device and clock are simulated: its encoder takes 0.4 s, all else nothing."""
-    clock, busy_until, work, asked = 0.0, 0.0, 0.4, 0
+    clock, busy_until, work, moments = 0.0, 0.0, 0.4, 0
     advance = live.maker.student.advance
 
     @dataclass
@@ -473,8 +473,8 @@ def test_speeds_without_the_wait_for_a_camera(live: Live, monkeypatch: pytest.Mo
         return result
 
     def fake_moment(device: torch.device) -> Moment:
-        nonlocal asked
-        asked += 1
+        nonlocal moments
+        moments += 1
         return Moment(clock, Event(max(clock, busy_until)))  # type: ignore[arg-type]
 
     monkeypatch.setattr(live.maker.student, "advance", launch)
@@ -486,10 +486,10 @@ def test_speeds_without_the_wait_for_a_camera(live: Live, monkeypatch: pytest.Mo
         start = Start(MEADOW, 7, camera=True, strength=STRENGTH)
         request = ClipRequest(start, None, "", time.monotonic(), live.maker.camera())
         generator.play(seat, request)
-        until(lambda: asked == 2)  # where a chunk and where its wait for the camera begins
+        until(lambda: moments == 2)  # where a chunk and where its wait for the camera begins
         clock += work / 2
         generator.camera_frame(seat, 0, torch.zeros(3, 32, 32))
-        until(lambda: len(heads) == 1 and asked == 6)  # and where both end, and begin again
+        until(lambda: len(heads) == 1 and moments == 6)  # and where both end, and begin again
         clock += 3 * work
         generator.camera_off(seat)
         until(lambda: len(heads) >= 2)
